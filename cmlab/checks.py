@@ -1,0 +1,87 @@
+"""Argument checks shared by every room: each raises one exception that names the argument, the value and what is accepted."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def known(argument: str, value: str, options: Iterable[str]) -> str:
+    """Returns value if it is one of the options; otherwise raises ValueError naming the nearest one and all of them."""
+    options = list(options)
+    if value in options:
+        return value
+    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {argument} {value!r}.{hint} Known: {', '.join(options)}")
+
+
+def whole(argument: str, value: int, least: int = 1) -> int:
+    """Returns value if it is an integer >= least; otherwise raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}")
+    return value
+
+
+def positive(argument: str, value: float) -> float:
+    """Returns value if it is a finite number > 0; otherwise raises ValueError."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{argument} must be a finite number above 0, got {value}")
+    return value
+
+
+def sigma_range(sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError unless 0 < sigma_min <= sigma_max < inf."""
+    if not (0 < sigma_min <= sigma_max < math.inf):
+        raise ValueError(f"need 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
+
+
+def floating(argument: str, x: Tensor) -> Tensor:
+    """Returns x if it is a floating-point tensor; otherwise raises TypeError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{argument} must be a torch tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{argument} must be a floating-point tensor, got dtype {x.dtype} (images are floats in [-1, 1])")
+    return x
+
+
+def finite(argument: str, x: Tensor) -> Tensor:
+    """Returns x if it is floating-point and holds no NaN and no infinity; otherwise raises TypeError or ValueError."""
+    floating(argument, x)
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ValueError(f"{argument} must be finite, got {bad} NaN or infinite values of {x.numel()}")
+    return x
+
+
+def same_shape(argument: str, x: Tensor, expected: torch.Size | tuple[int, ...]) -> Tensor:
+    """Returns x if its shape is as expected; otherwise raises ValueError."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{argument} must have shape {tuple(expected)}, got {tuple(x.shape)}")
+    return x
+
+
+def check_labels(labels: Tensor | None, batch: int, num_classes: int | None) -> None:
+    """Raises unless labels fit the network: (batch,) integers in [0, num_classes), or None for an unconditional one.
+
+    The range is looked at on the CPU only: on a GPU it would have to wait for the device, and under torch.compile it
+    would break the graph.
+    """
+    if num_classes is None:
+        if labels is not None:
+            raise ValueError("labels were given to an unconditional network; pass labels=None")
+        return
+    if labels is None:
+        raise ValueError(f"labels are missing: this network is conditional on {num_classes} classes")
+    if tuple(labels.shape) != (batch,) or labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be ({batch},) integers, got shape {tuple(labels.shape)} of {labels.dtype}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(labels.min()), int(labels.max())) if batch else (0, 0)
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must lie in 0 … {num_classes - 1}, got {low if low < 0 else high}")

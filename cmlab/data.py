@@ -1,0 +1,114 @@
+"""Data sets: the embedded ones, real and without a download. Images are float32 (N, C, H, W) in [-1, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmlab.checks import known, same_shape, whole
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in memory, split once and for all into a training and a held-out part.
+
+    images (N, …) float32, labels (N,) int64 or None; sigma_data is the standard deviation that the scalings use.
+    render(images, generator) -> images, where given, draws a fresh variant of each training image from source (N, …).
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor | None
+    held_out: Tensor
+    held_out_labels: Tensor | None
+    sigma_data: float
+    num_classes: int | None = None
+    source: Tensor | None = None
+    render: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return tuple(self.images.shape[1:])
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """The training images and labels at the given indices (B,), rendered afresh where the data set can."""
+        labels = None if self.labels is None else self.labels[index]
+        if self.render is None:
+            return self.images[index], labels
+        return self.render(self.source[index], generator), labels
+
+
+def load_data(name: str) -> Data:
+    """An embedded data set: "digits" (1, 8, 8), "tinted-digits" (3, 16, 16) or "moons" (points of the plane).
+
+    digits: scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), 1,437 to train on and 360 held out, the same split everywhere.
+    Raises ValueError for an unknown name, with the nearest known one.
+    """
+    return _LOADERS[known("data set", name, _LOADERS)]()
+
+
+@cache
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, classes = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1  # 0 … 16 -> -1 … 1
+    labels = torch.from_numpy(classes).long()
+    train, held_out = train_test_split(torch.arange(len(labels)).numpy(), test_size=360, stratify=classes, random_state=0)
+    return Data("digits", images[train], labels[train], images[held_out], labels[held_out], 0.75, 10)
+
+
+@cache
+def _tinted_digits() -> Data:
+    digits, generator = _digits(), torch.Generator().manual_seed(0)
+    train, held_out = tint(digits.images, generator), tint(digits.held_out, generator)
+    return Data("tinted-digits", train, digits.labels, held_out, digits.held_out_labels, 0.6, 10, digits.images, tint)
+
+
+@cache
+def _moons() -> Data:
+    generator = torch.Generator().manual_seed(0)
+    train, held_out = moons(4000, generator), moons(4000, generator)
+    return Data("moons", train, None, held_out, None, 0.5, source=train, render=lambda x, g: moons(len(x), g))
+
+
+def tint(digits: Tensor, generator: torch.Generator) -> Tensor:
+    """Digits (N, 1, 8, 8) in [-1, 1] -> (N, 3, 16, 16): each drawn in one random colour on another, bilinearly enlarged.
+
+    The two colours of a picture differ in luminance by at least 0.6 (of a range of 2), so that every digit can be read.
+    """
+    same_shape("digits", digits, (len(digits), 1, 8, 8))
+    ink = (F.interpolate(digits, size=16, mode="bilinear", align_corners=False) + 1) / 2  # (N, 1, 16, 16) in [0, 1]
+    paper, pen = _colour_pairs(len(digits), generator)
+    return paper + ink * (pen - paper)
+
+
+def _colour_pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    luminance = torch.tensor([0.2989, 0.5870, 0.1140])
+    colours = torch.rand(n, 16, 2, 3, generator=generator) * 2 - 1  # 16 tries a picture: some pair is far enough apart
+    apart = ((colours[:, :, 0] - colours[:, :, 1]) @ luminance).abs() > 0.6  # (n, 16)
+    first = apart.float().argmax(1)
+    pair = colours[torch.arange(n), first]  # (n, 2, 3)
+    return pair[:, 0].reshape(n, 3, 1, 1), pair[:, 1].reshape(n, 3, 1, 1)
+
+
+def moons(n: int, generator: torch.Generator, width: float = 0.05) -> Tensor:
+    """n points (n, 2) on two interleaved half circles, with Gaussian width; centred, standard deviation about 0.5 an axis."""
+    whole("n", n)
+    angle = math.pi * torch.rand(n, generator=generator)
+    upper = torch.rand(n, generator=generator) < 0.5
+    x = torch.where(upper, angle.cos(), 1 - angle.cos()) - 0.5
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin()) - 0.25
+    points = torch.stack([x * 0.58, y], 1)  # the moons are wider than high: 0.58 evens out the axes
+    return points + width * torch.randn(n, 2, generator=generator)
+
+
+_LOADERS = {"digits": _digits, "tinted-digits": _tinted_digits, "moons": _moons}

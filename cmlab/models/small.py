@@ -1,0 +1,90 @@
+"""The CPU network: a fully connected residual net with a gated skip. It trains on 8x8 … 16x16 images in minutes on two cores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmlab.checks import check_labels, same_shape, whole
+
+
+class ResidualMLP(nn.Module):
+    """F(x, c_noise, labels) = MLP(x) + a(c_noise) x, for images or points of any small shape.
+
+    The gated skip a(c_noise) x carries the noise around the bottleneck: a fully connected net would otherwise have to squeeze
+    all of it through its width. Every block is modulated by the noise level and the class (adaptive layer norm, as in DiT:
+    Peebles & Xie 2023, sec. 3.2). num_classes=None: unconditional.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int = 512,
+        depth: int = 4,
+        num_classes: int | None = None,
+        dropout: float = 0.0,
+        embedding: int = 128,
+    ):
+        super().__init__()
+        whole("width", width)
+        whole("depth", depth)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        self.config = dict(
+            name="mlp", shape=list(shape), width=width, depth=depth, num_classes=num_classes, dropout=dropout,
+            embedding=embedding,
+        )  # fmt: skip
+        self.shape, self.num_classes = tuple(shape), num_classes
+        size = math.prod(self.shape)
+        self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.label = nn.Embedding(num_classes, embedding) if num_classes else None
+        self.enter = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(Block(width, embedding, dropout) for _ in range(depth))
+        self.leave = zeroed(nn.Linear(width, size))
+        self.gate = zeroed(nn.Linear(embedding, 1))
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x (B, *shape), c_noise (B,), labels (B,) int64 or None -> (B, *shape)."""
+        same_shape("x", x, (len(x), *self.shape))
+        check_labels(labels, len(x), self.num_classes)
+        emb = self.time(fourier(c_noise / 250, self.config["embedding"]))  # (B, E): ln(sigma), smooth and fine
+        if self.label is not None:
+            emb = emb + self.label(labels)
+        emb = F.silu(emb)
+        h = self.enter(x.flatten(1))  # (B, width)
+        for block in self.blocks:
+            h = block(h, emb)
+        out = self.leave(F.layer_norm(h, h.shape[-1:])) + self.gate(emb) * x.flatten(1)
+        return out.reshape(x.shape)
+
+
+class Block(nn.Module):
+    """h + W2 dropout(silu(W1 (norm(h) (1 + scale) + shift))), with scale and shift from the embedding."""
+
+    def __init__(self, width: int, embedding: int, dropout: float):
+        super().__init__()
+        self.modulate = zeroed(nn.Linear(embedding, 2 * width))
+        self.first, self.second = nn.Linear(width, width), zeroed(nn.Linear(width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.modulate(emb).chunk(2, dim=1)
+        inner = F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
+        return h + self.second(self.dropout(F.silu(self.first(inner))))
+
+
+def fourier(t: Tensor, size: int) -> Tensor:
+    """cos and sin of t (B,) at size / 2 frequencies, spaced geometrically from 0.1 to 10 rad a unit -> (B, size)."""
+    frequencies = torch.logspace(-1, 1, size // 2, device=t.device)
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """The layer with weights and bias at zero: what it adds starts at nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

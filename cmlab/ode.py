@@ -1,0 +1,67 @@
+"""The probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma: its velocity, solver steps and whole trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cmlab.checks import known
+from cmlab.scaling import per_image
+
+
+def velocity(denoiser, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+    """dx/dsigma at (x, sigma). Karras et al. (2022), eq. 3 with sigma(t) = t. x (B, …), sigma a number or (B,), above 0."""
+    return (x - denoiser(x, sigma, labels)) / per_image(sigma, x)
+
+
+def _gap(sigma: Tensor | float, next_sigma: Tensor | float, x: Tensor) -> Tensor:
+    """next_sigma - sigma as (B, 1, …); next_sigma may be 0."""
+    gap = torch.as_tensor(next_sigma, device=x.device) - torch.as_tensor(sigma, device=x.device)
+    return gap.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def euler_step(denoiser, x: Tensor, sigma, next_sigma, labels: Tensor | None = None) -> Tensor:
+    """First order: one network call. sigma > next_sigma >= 0, numbers or (B,)."""
+    return x + _gap(sigma, next_sigma, x) * velocity(denoiser, x, sigma, labels)
+
+
+def heun_step(denoiser, x: Tensor, sigma, next_sigma, labels: Tensor | None = None) -> Tensor:
+    """Second order, two network calls: Karras et al. (2022), algorithm 1. Needs next_sigma > 0 (the slope there divides by it)."""
+    gap, d = _gap(sigma, next_sigma, x), velocity(denoiser, x, sigma, labels)
+    d_next = velocity(denoiser, x + gap * d, next_sigma, labels)
+    return x + gap * (d + d_next) / 2
+
+
+def dpm2_step(denoiser, x: Tensor, sigma, next_sigma, labels: Tensor | None = None) -> Tensor:
+    """Second order, two network calls, the second at a midpoint: DPM-Solver-2 with the rho = 3 midpoint of the released code."""
+    low, high = (torch.as_tensor(s, device=x.device) ** (1 / 3) for s in (next_sigma, sigma))
+    middle = ((low + high) / 2) ** 3
+    halfway = euler_step(denoiser, x, sigma, middle, labels)
+    return x + _gap(sigma, next_sigma, x) * velocity(denoiser, halfway, middle, labels)
+
+
+SOLVERS = {"euler": euler_step, "heun": heun_step, "dpm2": dpm2_step}
+
+
+def get_solver(name: str) -> Callable:
+    """A solver step by name: "euler", "heun" or "dpm2". Raises ValueError for another name."""
+    return SOLVERS[known("solver", name, SOLVERS)]
+
+
+def trajectory(denoiser, x: Tensor, sigmas, labels: Tensor | None = None, step=heun_step) -> Iterator[Tensor]:
+    """Yields x at every level of sigmas (descending, above 0), beginning with the x given, which lies at sigmas[0]."""
+    yield x
+    levels = [float(s) for s in sigmas]
+    for sigma, next_sigma in zip(levels, levels[1:], strict=False):
+        with torch.no_grad():
+            x = step(denoiser, x, sigma, next_sigma, labels)
+        yield x
+
+
+def solve(denoiser, x: Tensor, sigmas, labels: Tensor | None = None, step=heun_step) -> Tensor:
+    """Follows the ODE from x at sigmas[0] to sigmas[-1] > 0; returns the end point. Differs from a sampler: no step to sigma 0."""
+    for x in trajectory(denoiser, x, sigmas, labels, step):
+        pass
+    return x

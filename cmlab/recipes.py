@@ -1,0 +1,147 @@
+"""Named experiments: data + network + objective + training constants, each with its cost and what to expect of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from cmlab.checks import known, positive, whole
+from cmlab.distances import PseudoHuber
+from cmlab.noise import LogNormal
+from cmlab.objectives import (
+    EDM,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    EasyConsistencyTuning,
+    ImprovedConsistencyTraining,
+    Objective,
+    ProgressiveDistillation,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a training run is made of. batch is the global one, over all processes.
+
+    The learning rate warms up over warmup steps, stays, and falls to zero over the last decay share of the run. ema is the
+    decay of the averaged weights that are kept; clip the largest gradient norm. teacher and init_from name saved models.
+    """
+
+    name: str
+    data: str
+    network: dict
+    objective: Objective
+    iterations: int
+    batch: int = 256
+    lr: float = 1e-3
+    warmup: int = 100
+    decay: float = 0.4
+    betas: tuple[float, float] = (0.9, 0.99)
+    optimizer: str = "adamw"
+    ema: float = 0.999
+    clip: float = 10.0
+    bf16: bool = True
+    seed: int = 0
+    teacher: str | None = None
+    init_from: str | None = None
+    cost: str = ""  # measured on 2 CPU cores
+    expected: str = ""
+
+    def __post_init__(self):
+        whole("iterations", self.iterations)
+        whole("batch", self.batch)
+        positive("lr", self.lr)
+        known("optimizer", self.optimizer, ["adamw", "radam"])
+
+    def replace(self, **changes) -> Recipe:
+        """A copy with the given fields changed. Raises ValueError for a field that a recipe does not have."""
+        for field in changes:
+            known("recipe field", field, [f.name for f in dataclasses.fields(self)])
+        return dataclasses.replace(self, **changes)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step (from 0): linear warm-up, constant, linear to zero."""
+        left = (self.iterations - step) / max(self.decay * self.iterations, 1)
+        return self.lr * min(1.0, (step + 1) / max(self.warmup, 1), left)
+
+    def describe(self) -> dict:
+        """The resolved configuration as plain values, for JSON."""
+        fields = dataclasses.asdict(self)
+        fields["objective"] = {"name": type(self.objective).__name__} | {
+            k: v if isinstance(v, (int, float, str, type(None))) else getattr(v, "__name__", repr(v))
+            for k, v in vars(self.objective).items()
+        }
+        return fields | {"betas": list(self.betas)}
+
+
+MLP = dict(name="mlp", width=512, depth=4, num_classes=10)
+DIGITS_NET = dict(**MLP, shape=[1, 8, 8])
+DIGITS = dict(sigma_min=0.002, sigma_max=20.0)  # beyond 20 nothing of a digit is left: 8 x 8 pixels of deviation 0.75
+TINTED_NET = dict(name="mlp", shape=[3, 16, 16], width=480, depth=4)
+TINTED = dict(sigma_min=0.002, sigma_max=40.0)
+MOONS_NET = dict(name="mlp", shape=[2], width=128, depth=3, embedding=64)
+MOONS = dict(sigma_min=0.002, sigma_max=10.0)
+DISTIL = dict(num_scales=6, substeps=3, mu_0=0.95, distance=PseudoHuber(0.03))
+FROM_EDM = dict(data="digits", network=DIGITS_NET, init_from="digits-edm", bf16=True)
+
+_ALL = [
+    Recipe(
+        "digits-edm", "digits", DIGITS_NET, EDM(**DIGITS), iterations=3000, cost="90 s",
+    ),
+    Recipe(
+        "digits-cd", objective=ConsistencyDistillation(**DIGITS, **DISTIL), iterations=4000, batch=1024, lr=2e-3, decay=0.6,
+        teacher="digits-edm", **FROM_EDM,
+    ),
+    Recipe(
+        "digits-cd-short", objective=ConsistencyDistillation(**DIGITS, **DISTIL), iterations=500, batch=1024, lr=2e-3,
+        decay=0.6, teacher="digits-edm", **FROM_EDM,
+    ),
+    Recipe(
+        "digits-ct-short", objective=ConsistencyTraining(**DIGITS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)),
+        iterations=800, batch=768, **FROM_EDM,
+    ),
+    Recipe(
+        "digits-ict-short", objective=ImprovedConsistencyTraining(**DIGITS, start=10, end=80, distance=PseudoHuber(0.03)),
+        iterations=800, batch=768, **FROM_EDM,
+    ),
+    Recipe(
+        "digits-ect-short", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)),
+        iterations=800, batch=768, **FROM_EDM,
+    ),
+    Recipe(
+        "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=200), iterations=1000, batch=768,
+        teacher="digits-edm", **FROM_EDM,
+    ),
+    Recipe(
+        "digits-ct", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)), iterations=5000, batch=1024,
+        **FROM_EDM,
+    ),
+    Recipe(
+        "tinted-digits-edm", "tinted-digits", TINTED_NET, EDM(**TINTED, sigmas=LogNormal(-0.8, 1.4)), iterations=4000,
+        lr=7e-4,
+    ),
+    Recipe(
+        "tinted-digits-cd", "tinted-digits", TINTED_NET,
+        ConsistencyDistillation(**TINTED, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.1)), iterations=4000, lr=4e-4,
+        teacher="tinted-digits-edm", init_from="tinted-digits-edm",
+    ),
+    Recipe(
+        "moons-edm", "moons", MOONS_NET, EDM(**MOONS), iterations=1500, batch=384, lr=2e-3, bf16=False,
+    ),
+    Recipe(
+        "moons-cd", "moons", MOONS_NET,
+        ConsistencyDistillation(**MOONS, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.03)), iterations=1500, batch=384,
+        bf16=False,
+    ),
+    Recipe(
+        "moons-ct", "moons", MOONS_NET,
+        ConsistencyTraining(**MOONS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)), iterations=1500, batch=384,
+        bf16=False,
+    ),
+]  # fmt: skip
+RECIPES = {recipe.name: recipe for recipe in _ALL}
+
+
+def get_recipe(name: str) -> Recipe:
+    """A recipe by name. Raises ValueError for an unknown one, naming the nearest."""
+    return RECIPES[known("recipe", name, RECIPES)]

@@ -1,0 +1,108 @@
+"""Random streams: every draw takes a generator, so that a seed means the same picture whatever the batch size.
+
+A generator is None (torch's global one), a torch.Generator, or one of the streams below, which carry the names of the
+released code: "dummy", "determ" and "determ-indiv".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cmlab.checks import known, whole
+
+
+def randn(shape: tuple[int, ...], generator=None, device=None, dtype=None) -> Tensor:
+    """Standard normal draws of the given shape from any generator."""
+    if hasattr(generator, "randn"):
+        return generator.randn(*shape).to(device=device, dtype=dtype)
+    source = generator.device if generator is not None else device
+    return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+
+
+def randn_like(x: Tensor, generator=None) -> Tensor:
+    """Standard normal draws with the shape, dtype and device of x."""
+    return randn(tuple(x.shape), generator, x.device, x.dtype)
+
+
+def rand(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Uniform draws in [0, 1) of the given shape."""
+    return torch.rand(shape, generator=generator, device=None if generator is None else generator.device)
+
+
+def randint(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Uniform integers in [low, high) of the given shape."""
+    return torch.randint(low, high, shape, generator=generator, device=None if generator is None else generator.device)
+
+
+class Streams:
+    """Draws that belong to samples, not to batches: sample i of num_samples gets the same numbers in any batch, on any rank.
+
+    individual=True ("determ-indiv") keeps one generator a sample, seeded i + num_samples seed. individual=False ("determ")
+    draws for all samples at once and hands out the rows asked for. set_done_samples(k) says that the next batch starts at
+    sample k (times world_size ranks, interleaved). Numbers come from torch's CPU generator, so they do not depend on the device.
+    """
+
+    def __init__(self, num_samples: int, seed: int = 0, individual: bool = True, rank: int = 0, world_size: int = 1):
+        self.num_samples, self.seed = whole("num_samples", num_samples), seed
+        self.rank, self.world_size, self.individual = rank, world_size, individual
+        self.done = 0
+        self._seed_all()
+
+    def _seed_all(self) -> None:
+        if self.individual:
+            seeds = range(self.num_samples * self.seed, self.num_samples * (self.seed + 1))
+            self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        else:
+            self.generators = [torch.Generator().manual_seed(self.seed)]
+
+    def set_done_samples(self, done: int) -> None:
+        """The next draws are for samples done, done + 1, …; "determ" starts its one stream again, as the released code does."""
+        self.done = whole("done", done, 0)
+        if not self.individual:
+            self._seed_all()
+
+    def _draw(self, draw, shape: tuple[int, ...]) -> Tensor:
+        first, count = self.done + self.rank, shape[0]
+        rows = range(first, first + count * self.world_size, self.world_size)
+        if len(rows) and rows[-1] >= self.num_samples:
+            raise ValueError(f"samples {rows[0]} … {rows[-1]} asked of streams for num_samples = {self.num_samples}")
+        if self.individual:
+            return torch.cat([draw((1, *shape[1:]), self.generators[i]) for i in rows])
+        return draw((self.num_samples, *shape[1:]), self.generators[0])[list(rows)]
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal draws; the first dimension counts samples."""
+        return self._draw(lambda s, g: torch.randn(s, generator=g), shape)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal draws with the shape, dtype and device of x."""
+        return randn_like(x, self)
+
+    def randint(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+        """Uniform integers in [low, high), for example class labels."""
+        return self._draw(lambda s, g: torch.randint(low, high, s, generator=g), shape)
+
+
+class GlobalStream:
+    """torch's global generator behind the same calls: the released code's "dummy"."""
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        return torch.randn_like(x)
+
+    def randint(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(low, high, shape)
+
+    def set_done_samples(self, done: int) -> None:
+        """The global stream has no samples to count."""
+
+
+def get_generator(name: str, num_samples: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1):
+    """A random stream by the released code's name: "dummy", "determ" or "determ-indiv" (use the last: it is the cheapest that is exact)."""
+    known("generator", name, ["dummy", "determ", "determ-indiv"])
+    if name == "dummy":
+        return GlobalStream()
+    return Streams(num_samples, seed, name == "determ-indiv", rank, world_size)

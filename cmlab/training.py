@@ -1,0 +1,242 @@
+"""The training loop: a generator of typed records over accelerate, with EMA, clipping, save and exact resume.
+
+Every random number of a step comes from (seed, step), never from what happened before, so that a run that was killed goes
+on bit for bit as if it had not been, and so that the draws do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cmlab import checkpoints
+from cmlab.checks import whole
+from cmlab.data import Data, load_data
+from cmlab.models import build
+from cmlab.recipes import Recipe, get_recipe
+from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.streams import randint, randn
+
+MODELS = {"denoiser": Denoiser, "consistency": ConsistencyModel}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training step: its number (from 1), the batch's mean loss, and how the run stands. The last one carries the model."""
+
+    step: int
+    total: int
+    loss: float
+    lr: float
+    grad_norm: float
+    scales: int | None  # N(k), None for continuous levels
+    mu: float  # decay of the target network
+    seconds: float  # since the run (or its resumption) began
+    model: Denoiser | None = None  # the EMA model, on the last record
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss stopped being a finite number. The message names the step, the noise levels and the last good checkpoint."""
+
+
+def train(
+    recipe: Recipe | str,
+    data: Data | None = None,
+    teacher: nn.Module | None = None,
+    device: str | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    save_every: int = 500,
+    seed: int | None = None,
+) -> Iterator[Record]:
+    """Trains a recipe; yields a Record a step. `*_, last = train("digits-cd")` gives the model as last.model.
+
+    data and teacher default to the recipe's own (the teacher: its embedded model); any denoiser serves as teacher.
+    With a folder the state is saved every save_every steps and at the end (state.pt, atomically), and the final model as
+    <folder>/model; resume=True goes on from the state found there. Raises FileNotFoundError if there is none, ValueError if
+    it belongs to another recipe, TrainingDiverged when the loss is no finite number.
+    """
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    run = Run(recipe, data or load_data(recipe.data), teacher, device, recipe.seed if seed is None else seed)
+    if resume:
+        run.restore(folder)
+    elif folder is not None:
+        run.save(folder)  # an unwritable folder is found out now, not after an hour
+    begun = time.perf_counter()
+    while run.step < recipe.iterations:
+        loss, grad_norm, lr = run.advance(folder)
+        done = run.step == recipe.iterations
+        if folder is not None and (done or run.step % whole("save_every", save_every) == 0):
+            run.save(folder)
+        seconds = time.perf_counter() - begun
+        model = run.finish(folder, seconds) if done else None
+        scales, mu = (f(run.step - 1, recipe.iterations) for f in (recipe.objective.scales, recipe.objective.mu))
+        yield Record(run.step, recipe.iterations, loss, lr, grad_norm, scales, mu, seconds, model)
+
+
+class Run:
+    """The state of one training: student, target, EMA, optimizer and step."""
+
+    def __init__(self, recipe: Recipe, data: Data, teacher: nn.Module | None, device: str | None, seed: int):
+        self.recipe, self.data, self.seed, self.step = recipe, data, seed, 0
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        if device is not None and torch.device(device).type != self.accelerator.device.type:
+            raise ValueError(f"device {device!r} was asked for, this process runs on {self.accelerator.device}")
+        student = self._new_student()
+        teacher = teacher or (checkpoints.load(recipe.teacher) if recipe.teacher else None)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
+        self.ema = AveragedModel(student, multi_avg_fn=self._ema_average).to(self.accelerator.device)
+        self.target = self._new_target(student)
+        self.student, self.optimizer = self.accelerator.prepare(student, self._new_optimizer(student))
+
+    def _new_student(self) -> Denoiser:
+        r = self.recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            net = build(r.network)
+        if r.init_from:
+            net.load_state_dict(checkpoints.load(r.init_from).net.state_dict())
+        return MODELS[r.objective.model_kind](net, self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max).train()
+
+    def _new_target(self, student: nn.Module) -> AveragedModel | None:
+        if self.recipe.objective.mu(self.recipe.iterations, self.recipe.iterations) == 0:
+            return None
+        target = AveragedModel(student, multi_avg_fn=self._target_average).train()
+        return target.to(self.accelerator.device).requires_grad_(False)
+
+    def _new_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
+        kind = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[self.recipe.optimizer]
+        fused = {"fused": True} if self.recipe.optimizer == "adamw" else {}
+        return kind(student.parameters(), lr=self.recipe.lr, betas=self.recipe.betas, weight_decay=0.0, **fused)
+
+    def _ema_average(self, averages, parameters, count) -> None:
+        count = int(count)
+        decay = min(self.recipe.ema, (1 + count) / (10 + count))  # short runs: do not remember the initial weights
+        get_ema_multi_avg_fn(decay)(averages, parameters, count)
+
+    def _target_average(self, averages, parameters, count) -> None:
+        get_ema_multi_avg_fn(self.recipe.objective.mu(self.step, self.recipe.iterations))(averages, parameters, count)
+
+    def advance(self, folder: str | Path | None) -> tuple[float, float, float]:
+        """One step: returns its loss, the gradient's norm before clipping, and the learning rate."""
+        lr = self.recipe.lr_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._change_teacher()
+        losses, levels = self._losses()
+        loss = losses.mean()
+        self._check_finite(self.accelerator.gather(losses.detach()), levels, folder)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
+        if self.target is not None:
+            self.target.update_parameters(self.accelerator.unwrap_model(self.student))
+        return float(self.accelerator.reduce(loss.detach(), "mean")), float(norm), lr
+
+    def _losses(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        images, labels, noise, levels = self._draw()
+        target = None if self.target is None else self.target.module
+        if target is None and self.accelerator.num_processes > 1:
+            target = self.accelerator.unwrap_model(self.student)  # no second forward through the data-parallel wrapper
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._number(1 + self.accelerator.process_index))  # dropout
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bf16):
+                losses = self.recipe.objective(
+                    self.student, images, labels, noise, *levels, target=target, teacher=self.teacher
+                )
+        return losses, levels
+
+    def _draw(self):
+        """The step's global batch from (seed, step), and of it this process's part."""
+        generator = torch.Generator().manual_seed(self._number(0))
+        n, rank, ranks = self.recipe.batch, self.accelerator.process_index, self.accelerator.num_processes
+        index = randint(0, len(self.data.images), (n,), generator)
+        images, labels = self.data.batch(index, generator)
+        noise = randn(tuple(images.shape), generator)
+        levels = self.recipe.objective.levels(n, self.step, self.recipe.iterations, generator)
+        mine = slice(rank * n // ranks, (rank + 1) * n // ranks)
+        move = [None if t is None else t[mine].to(self.accelerator.device) for t in (images, labels, noise, *levels)]
+        return move[0], move[1], move[2], [t.float() for t in move[3:]]
+
+    def _number(self, stream: int) -> int:
+        return (self.seed * 1_000_003 + self.step) * 1_009 + stream
+
+    def _change_teacher(self) -> None:
+        """Progressive distillation: when the number of steps halves, the student so far becomes the teacher."""
+        scales, total = self.recipe.objective.scales, self.recipe.iterations
+        if self.recipe.objective.model_kind == "denoiser" and self.teacher is not None and self.step > 0:
+            if scales(self.step, total) != scales(self.step - 1, total):
+                self.teacher = copy.deepcopy(self.ema.module).eval().requires_grad_(False)
+
+    def _check_finite(self, losses: Tensor, levels, folder: str | Path | None) -> None:
+        if torch.isfinite(losses).all():
+            return
+        where = levels[0][~torch.isfinite(losses[: len(levels[0])])].tolist()[:3]
+        state = None if folder is None else Path(folder) / "state.pt"
+        last = f"the last good checkpoint is {state}" if state and state.exists() else "no checkpoint was kept (no folder)"
+        raise TrainingDiverged(f"loss is not finite at step {self.step + 1}, sigma {where}; {last}")
+
+    def save(self, folder: str | Path) -> None:
+        """Writes <folder>/state.pt: all that the next step depends on. Atomic: a cut leaves the previous state."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = dict(
+            recipe=self.recipe.describe(), seed=self.seed, step=self.step,
+            student=self.accelerator.unwrap_model(self.student).state_dict(), ema=self.ema.state_dict(),
+            target=None if self.target is None else self.target.state_dict(),
+            teacher=self.teacher.state_dict() if self._teacher_changes else None,
+            optimizer=self.optimizer.state_dict(),
+        )  # fmt: skip
+        partial = folder / "state.pt.partial"
+        torch.save(state, partial)
+        os.replace(partial, folder / "state.pt")
+
+    @property
+    def _teacher_changes(self) -> bool:
+        return self.recipe.objective.needs_teacher and self.recipe.objective.model_kind == "denoiser"
+
+    def restore(self, folder: str | Path | None) -> None:
+        """Reads <folder>/state.pt back, after checking that it belongs to this recipe and seed."""
+        path = Path(folder or "") / "state.pt"
+        if folder is None or not path.exists():
+            raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without resume")
+        try:
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as a training state ({type(error).__name__}); is it cut off?") from error
+        mine = json.loads(json.dumps(self.recipe.describe()))
+        differs = [k for k, v in state["recipe"].items() if mine.get(k) != json.loads(json.dumps(v))]
+        if differs or state["seed"] != self.seed:
+            raise ValueError(f"{path} belongs to another run: {', '.join(differs) or 'seed'} differ")
+        self.step = state["step"]
+        self.accelerator.unwrap_model(self.student).load_state_dict(state["student"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.target is not None:
+            self.target.load_state_dict(state["target"])
+        if state["teacher"] is not None:
+            self.teacher.load_state_dict(state["teacher"])
+
+    def finish(self, folder: str | Path | None, seconds: float) -> Denoiser:
+        """The EMA model, ready to use; saved as <folder>/model where there is a folder."""
+        model = copy.deepcopy(self.ema.module).eval().requires_grad_(False)
+        if folder is not None and self.accelerator.is_main_process:
+            facts = dict(recipe=self.recipe.name, seed=self.seed, seconds=round(seconds, 1))
+            checkpoints.save(model, Path(folder) / "model", data=self.data.name, **facts)
+        return model
