@@ -1,4 +1,4 @@
-"""What every test and every notebook kernel sees: the CI size, two threads, no display; and nbval's numeric tolerance."""
+"""What every test and notebook kernel sees: the CI size, two threads, no display; and nbval's numeric tolerance."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("CMLAB_FAST", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "2")        # read by torch when it is first imported
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch when it is first imported
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?:[eE][-+]?\d+)?(?![\w.])")
 
@@ -51,7 +51,7 @@ def tolerant_notebooks(rtol: float, atol: float):
     from nbval.plugin import IPyNbCell
 
     compare = IPyNbCell.compare_outputs
-    if hasattr(compare, "exactly"):                  # pytest run twice in one process
+    if hasattr(compare, "exactly"):  # pytest run twice in one process
         compare = compare.exactly
 
     def compare_outputs(cell, now, stored, *args, **kwargs):

@@ -37,7 +37,8 @@ Environment:
   TORCH_INDEX_URL   take torch and torchvision from this index, whatever the machine has
                     (example: TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126)
   REFERENCE_URL     where --with-reference clones from (a path will do)
-  PYTHON            the interpreter to start from (default: python3; Python 3.10 or newer)
+  PYTHON            the interpreter to start from (default: python3; Python 3.10 or newer);
+                    one of another version than .venv has makes .venv anew
   CMLAB_NEED_GB     free disk space to insist on, in GB (default: 8 for a torch with CUDA, 2 for one without,
                     1 where torch is there already)
 HELP
@@ -68,24 +69,26 @@ python_version() { "$1" --version 2>&1 | sed -n 's/.*Python \([0-9][0-9]*\.[0-9]
 
 # ---- Python
 
+# Sets python (the one to ask), its version, and exists: whether that is the environment to install into.
 find_python() {
-    base=${PYTHON:-python3}
-    if [ "$system" = no ] && [ -n "$(python_version .venv/bin/python 2>/dev/null || true)" ]; then
-        base=.venv/bin/python
+    local there=''
+    python=${PYTHON:-python3} exists=$system
+    if [ "$system" = no ]; then there=$(python_version .venv/bin/python 2>/dev/null || true); fi
+    if [ -n "$there" ] && [ "$there" = "$(python_version "${PYTHON:-.venv/bin/python}" || true)" ]; then
+        python=.venv/bin/python exists=yes
     fi
-    command -v "$base" >/dev/null || fail "no $base found; install Python $OLDEST_PYTHON or newer, or name one: PYTHON=/path/to/python3 bash installations.sh"
-    version=$(python_version "$base")
-    [ -n "$version" ] || fail "$base --version does not tell a Python version; name another interpreter with PYTHON="
+    command -v "$python" >/dev/null || fail "no $python found; install Python $OLDEST_PYTHON or newer, or name one: PYTHON=/path/to/python3 bash installations.sh"
+    version=$(python_version "$python")
+    [ -n "$version" ] || fail "$python --version does not tell a Python version; name another interpreter with PYTHON="
     if [ "$(as_number "$version")" -lt "$(as_number "$OLDEST_PYTHON")" ]; then
-        fail "$base is Python $version, too old: cmlab needs Python $OLDEST_PYTHON or newer; name one with PYTHON=/path/to/python3"
+        fail "$python is Python $version, too old: cmlab needs Python $OLDEST_PYTHON or newer; name one with PYTHON=/path/to/python3"
     fi
-    if [ "$system" = yes ]; then say Python "$version, the current interpreter ($(command -v "$base"))"; else say Python "$version, in .venv"; fi
+    if [ "$system" = yes ]; then say Python "$version, the current interpreter ($(command -v "$python"))"; else say Python "$version, in .venv"; fi
 }
 
 make_environment() {
-    python=$base
-    if [ "$system" = no ] && [ "$base" != .venv/bin/python ]; then
-        "$base" -m venv --clear .venv || fail "$base cannot make .venv (see above); on Debian and Ubuntu: apt-get install python3-venv"
+    if [ "$exists" = no ]; then
+        "$python" -m venv --clear .venv || fail "$python cannot make .venv (see above); on Debian and Ubuntu: apt-get install python3-venv"
         python=.venv/bin/python
     fi
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 || fail "$python has no pip; install it: $python -m ensurepip"
@@ -143,30 +146,29 @@ pick_cuda_build() {
         [ "$limit" -ge "$(as_number "$least")" ] || continue
         url=$PYTORCH/$index
         if [ "$torch" != newest ]; then specs=("torch==$torch" "torchvision==$vision"); fi
-        build="torch ${torch/newest/(newest there)} from $url"
+        gpu=yes
         return
     done <<TABLE
 $(torch_builds)
 TABLE
-    build=''
 }
 
-# Sets specs (what pip is asked for), url (empty: pip's own index), build and because (what is said about it).
+# Sets specs (what pip is asked for), url (empty: pip's own index) and because (the reason that is told).
 choose_torch() {
-    specs=("$(requirement torch)" "$(requirement torchvision)") url='' build='' gpu=no
+    specs=("$(requirement torch)" "$(requirement torchvision)") url='' gpu=no
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
-        url=$TORCH_INDEX_URL build="torch from $TORCH_INDEX_URL" because="TORCH_INDEX_URL says so"
+        url=$TORCH_INDEX_URL because="TORCH_INDEX_URL says so"
         return
     fi
     if [ -n "$cuda" ]; then
         pick_cuda_build
-        if [ -n "$build" ]; then gpu=yes; return; fi
+        if [ "$gpu" = yes ]; then return; fi
         say GPU "not used: no torch build runs under a driver of CUDA $cuda; a driver for CUDA 11.0 or later would do"
     fi
     if [ "$(uname)" = Darwin ]; then
-        build="torch from the package index" because="its macOS build needs no CUDA"
+        because="its macOS build needs no CUDA"
     else
-        url=$PYTORCH/cpu build="torch for the CPU from $url" because="no usable NVIDIA GPU, and that build is a fifth of a gigabyte"
+        url=$PYTORCH/cpu because="no usable NVIDIA GPU, and the CPU build is a fifth of a gigabyte"
     fi
 }
 
@@ -174,7 +176,7 @@ answers() {
     if command -v curl >/dev/null; then
         curl --silent --location --output /dev/null --max-time 6 "$1/"
     else
-        "$base" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=6)' "$1/" 2>/dev/null
+        "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=6)' "$1/" 2>/dev/null
     fi
 }
 
@@ -186,8 +188,8 @@ settle_index() {
     if [ "$gpu" = yes ] && [ "$(as_number "$cuda")" -lt 1300 ]; then
         fail "$url does not answer, and the package index's torch needs a newer driver than CUDA $cuda; try again later, or name a mirror with TORCH_INDEX_URL="
     fi
-    because="$url does not answer within seconds"
-    url='' build="torch from the package index (its CUDA build: some 5 GB, runs on a CPU too)"
+    because="$url does not answer within seconds; this one is some 5 GB, with CUDA, and runs on a CPU too"
+    url=''
 }
 
 # ---- what is there already
@@ -217,7 +219,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pip._vendor.packaging.requirements import Requirement
 sys.path[:] = [entry for entry in sys.path if entry not in ("", sys.argv[1])]
-if Path(find_spec("cmlab").origin).parent.parent != Path(sys.argv[1]).resolve():
+if Path(find_spec("cmlab").origin).resolve().parent.parent != Path(sys.argv[1]).resolve():
     sys.exit(1)
 for wanted in map(Requirement, requires("cmlab")):
     if wanted.marker is None or wanted.marker.evaluate({"extra": "test"}):
@@ -231,7 +233,7 @@ stamp_file() { echo "$("$python" -c 'import sys; print(sys.prefix)')/.cmlab-inst
 stamp() { echo "$(cat pyproject.toml installations.sh | cksum) $version cuda=$cuda capability=$capability index=${TORCH_INDEX_URL:-}"; }
 
 nothing_to_do() {
-    [ -x "$(command -v "$python")" ] && [ "$(cat "$(stamp_file)" 2>/dev/null)" = "$(stamp)" ] && torch_works no && rest_is_whole
+    [ "$(cat "$(stamp_file)" 2>/dev/null)" = "$(stamp)" ] && torch_works no && rest_is_whole
 }
 
 # ---- installing
@@ -241,7 +243,7 @@ check_disk() {
     if [ "$url" = "$PYTORCH/cpu" ] || [ "$(uname)" = Darwin ]; then need=2; fi
     if [ "$keep" = yes ]; then need=1; fi
     need=${CMLAB_NEED_GB:-$need}
-    if [ "$system" = yes ]; then folder=$("$base" -c 'import sys; print(sys.prefix)'); fi
+    if [ "$system" = yes ]; then folder=$("$python" -c 'import sys; print(sys.prefix)'); fi
     free=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1048576) }')
     if [ "${free:-0}" -lt "$need" ]; then fail "disk full: the installation needs $need GB, ${free:-0} GB are free in $folder; free some space and run this again"; fi
 }
@@ -275,22 +277,23 @@ install_rest() {
     rest_is_whole || fail "pip is done but the environment is not whole; see: $python -m pip check"
 }
 
-install_everything() {
-    scratch=$(mktemp -d) log=$scratch/pip.log keep=no replace=no
-    trap 'rm -rf "$scratch"' EXIT
-    touch "$log"
-    if [ "$base" = .venv/bin/python ] || [ "$system" = yes ]; then
-        python=$base
-        if [ -z "${TORCH_INDEX_URL:-}" ] && torch_works "$gpu"; then keep=yes; fi
-        replace=yes
-    fi
-    if [ "$keep" = yes ]; then
+# A torch that is there stays if it does its work; TORCH_INDEX_URL asks for another all the same.
+decide_torch() {
+    keep=no replace=$exists
+    if [ "$exists" = yes ] && [ -z "${TORCH_INDEX_URL:-}" ] && torch_works "$gpu"; then
+        keep=yes
         say torch "$("$python" -c 'import torch; print(torch.__version__)') is there and works: kept"
     else
         settle_index
-        say torch "$build: $because"
+        say torch "${specs[*]} from ${url:-the package index}: $because"
     fi
+}
+
+install_everything() {
     check_disk
+    scratch=$(mktemp -d) log=$scratch/pip.log
+    trap 'rm -rf "$scratch"' EXIT
+    touch "$log"
     make_environment
     if [ "$keep" = no ]; then install_torch; fi
     install_rest
@@ -313,12 +316,12 @@ main() {
     find_python
     look_for_gpu
     choose_torch
-    if [ "$plan" = yes ]; then settle_index; say torch "$build: $because"; exit 0; fi
-    python=$base
-    if [ "$base" != .venv/bin/python ] && [ "$system" = no ] || ! nothing_to_do; then
-        install_everything
-    else
+    if [ "$plan" = no ] && [ "$exists" = yes ] && nothing_to_do; then
         say cmlab "everything is in place, nothing to install"
+    else
+        decide_torch
+        if [ "$plan" = yes ]; then exit 0; fi
+        install_everything
     fi
     if [ "$reference" = yes ]; then clone_reference; fi
     say_done

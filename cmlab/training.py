@@ -166,6 +166,8 @@ class Run:
         n, rank, ranks = self.recipe.batch, self.accelerator.process_index, self.accelerator.num_processes
         index = randint(0, len(self.data.images), (n,), generator)
         images, labels = self.data.batch(index, generator)
+        if self.recipe.network.get("num_classes") is None:
+            labels = None  # an unconditional network on data that has labels
         noise = randn(tuple(images.shape), generator)
         levels = self.recipe.objective.levels(n, self.step, self.recipe.iterations, generator)
         mine = slice(rank * n // ranks, (rank + 1) * n // ranks)

@@ -1,7 +1,7 @@
-"""installations.sh itself, run on machines made of small programs on PATH: a driver, a toolkit, a disk, an interpreter.
+"""installations.sh itself, on machines made of small programs on PATH: a driver, a toolkit, a disk, an interpreter.
 
-The fake interpreter notes what pip is asked for and leaves importable stand-ins for torch and torchvision behind, so the
-script's own checks (versions, imports, reaching the GPU) run for real. One test uses the real pip against a closed port.
+The fake interpreter notes what pip is asked for and leaves importable stand-ins for torch and torchvision behind, so
+the script's own checks (versions, imports, reaching the GPU) run for real. One test uses the real pip on a closed port.
 """
 
 import os
@@ -36,13 +36,13 @@ case "$*" in
             exit 1
         fi
         "{Path(sys.executable).resolve()}" -S "$STATE/install.py" "$site" "$@" ;;
-    *) PYTHONPATH=$site:{Path(pip.__file__).parent.parent / "."}:$PWD/. exec "{Path(sys.executable).resolve()}" -S "$@" ;;
+    *) PYTHONPATH=$site:$STATE/only_pip:$STATE/editable exec "{Path(sys.executable).resolve()}" -S "$@" ;;
 esac
 """
 
 INSTALL = '''
 """What a pip install leaves behind: a module and its metadata."""
-import re, sys
+import re, shutil, sys
 from pathlib import Path
 
 site = Path(sys.argv[1])
@@ -50,8 +50,8 @@ site.mkdir(exist_ok=True)
 
 
 def leave(name, version, requires=(), source=None):
-    for old in site.glob(f"{name}-*.dist-info/METADATA"):
-        old.unlink()
+    for old in site.glob(f"{name}-*.dist-info"):
+        shutil.rmtree(old)
     folder = site / f"{name}-{version}.dist-info"
     folder.mkdir(exist_ok=True)
     lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {text}" for text in requires)]
@@ -107,6 +107,9 @@ class Machine:
             shutil.copy(ROOT / name, self.clone)
         (self.clone / "cmlab" / "__init__.py").touch()
         (folder / "install.py").write_text(INSTALL)
+        (folder / "editable").symlink_to(self.clone)
+        (folder / "only_pip").mkdir()
+        (folder / "only_pip" / "pip").symlink_to(Path(pip.__file__).parent)
         for tool in TOOLS + ["tee"]:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.program("python3", PYTHON)
@@ -123,7 +126,9 @@ class Machine:
         self.program("nvidia-smi", SMI.format(line=line, capability=capability))
 
     def free_gb(self, count: int):
-        self.program("df", f"#!/bin/bash\necho Filesystem 1024-blocks Used Available\necho disk 0 0 {count * 1048576}\n")
+        self.program(
+            "df", f"#!/bin/bash\necho Filesystem 1024-blocks Used Available\necho disk 0 0 {count * 1048576}\n"
+        )
 
     def run(self, *options: str, **environment: str) -> subprocess.CompletedProcess:
         environment = {"PATH": str(self.bin), "STATE": str(self.folder), "HOME": str(self.folder), **environment}
@@ -167,18 +172,24 @@ def machine(tmp_path) -> Machine:
         ("11.8", "cu118", "torch==2.7.1", "torchvision==0.22.1"),
         ("12.1", "cu118", "torch==2.7.1", "torchvision==0.22.1"),
         ("12.4", "cu124", "torch==2.6.0", "torchvision==0.21.0"),
-        ("12.6", "cu126", "torch>=", "torchvision>="),
+        ("12.6", "cu126", "torch>=2.6,<3", "torchvision>=0.21,<1"),
         ("12.8", "cu128", "torch==2.11.0", "torchvision==0.26.0"),
-        ("13.0", "cu130", "torch>=", "torchvision>="),
-        ("14.1", "cu132", "torch>=", "torchvision>="),
+        ("13.0", "cu130", "torch>=2.6,<3", "torchvision>=0.21,<1"),
+        ("14.1", "cu132", "torch>=2.6,<3", "torchvision>=0.21,<1"),
     ],
 )
 def test_the_drivers_cuda_version_decides_the_build(machine, cuda, index, torch, torchvision):
     machine.driver(cuda)
-    said = machine.install(GPU_IN_REACH="1")
-    assert f" {torch}" in machine.torch_call and f" {torchvision}" in machine.torch_call
-    assert machine.torch_call.endswith(f"--index-url {PYTORCH}/{index}")
-    assert f"{PYTORCH}/{index}: the newest build for a driver that runs CUDA up to {cuda}" in said
+    reason = f"the newest build for a driver that runs CUDA up to {cuda}"
+    assert f"{torch} {torchvision} from {PYTORCH}/{index}: {reason}\n" in machine.install("--plan")
+
+
+def test_pip_gets_torch_and_torchvision_together_and_leaves_them_alone_later(machine):
+    machine.driver("11.4")
+    machine.install(GPU_IN_REACH="1")
+    first, second = machine.noted("pip")
+    assert first.endswith(f" torch==2.7.1 torchvision==0.22.1 --index-url {PYTORCH}/cu118")
+    assert "--editable .[test]" in second and "--constraint" in second and "torch" not in second
 
 
 def test_without_a_driver_the_cpu_wheels_are_taken(machine):
@@ -189,41 +200,39 @@ def test_without_a_driver_the_cpu_wheels_are_taken(machine):
 
 def test_a_toolkit_without_a_driver_is_no_gpu(machine):
     machine.program("nvcc", NVCC.format("11.8"))
-    said = machine.install()
-    assert machine.torch_call.endswith("/cpu")
-    assert "nvcc has CUDA 11.8, but there is no nvidia-smi" in said
+    said = machine.install("--plan")
+    assert "nvcc has CUDA 11.8, but there is no nvidia-smi" in said and f"from {PYTORCH}/cpu" in said
 
 
 def test_the_driver_limits_and_not_the_toolkit(machine):
     machine.driver("11.4")
     machine.program("nvcc", NVCC.format("12.4"))
-    machine.install()
-    assert machine.torch_call.endswith("/cu118")
+    assert f"from {PYTORCH}/cu118" in machine.install("--plan")
 
 
 def test_a_driver_that_does_not_tell_its_version_is_taken_for_the_toolkits(machine):
     machine.driver(None)
     machine.program("nvcc", NVCC.format("12.4"))
-    assert "CUDA 12.4 is assumed (that of nvcc)" in machine.install()
-    assert machine.torch_call.endswith("/cu124")
+    said = machine.install("--plan")
+    assert "CUDA 12.4 is assumed (that of nvcc)" in said and f"from {PYTORCH}/cu124" in said
 
 
 def test_a_broken_driver_is_no_gpu(machine):
     machine.program("nvidia-smi", "#!/bin/bash\necho couldn\\'t communicate with the NVIDIA driver\nexit 9\n")
-    assert "finds no working driver" in machine.install()
-    assert machine.torch_call.endswith("/cpu")
+    said = machine.install("--plan")
+    assert "finds no working driver" in said and f"from {PYTORCH}/cpu" in said
 
 
 def test_a_driver_older_than_every_build_means_the_cpu(machine):
     machine.driver("10.2")
-    assert "no torch build runs under a driver of CUDA 10.2" in machine.install()
-    assert machine.torch_call.endswith("/cpu")
+    said = machine.install("--plan")
+    assert "no torch build runs under a driver of CUDA 10.2" in said and f"from {PYTORCH}/cpu" in said
 
 
 def test_a_gpu_before_turing_gets_the_last_cuda_line_that_knows_it(machine):
     machine.driver("13.0", capability="8.6 5.2")
-    assert "compute capability 5.2" in machine.install(GPU_IN_REACH="1")
-    assert machine.torch_call.endswith("/cu126")
+    said = machine.install("--plan")
+    assert f"from {PYTORCH}/cu126: the last CUDA line with code for a GPU of compute capability 5.2" in said
 
 
 def test_the_override_wins_over_the_driver(machine):
@@ -231,13 +240,6 @@ def test_the_override_wins_over_the_driver(machine):
     said = machine.install(TORCH_INDEX_URL="https://mirror.example/torch")
     assert machine.torch_call.endswith("--index-url https://mirror.example/torch")
     assert "TORCH_INDEX_URL says so" in said
-
-
-def test_pip_gets_torch_and_torchvision_together_and_leaves_them_alone_later(machine):
-    machine.install()
-    first, second = machine.noted("pip")
-    assert " torch>=" in first and " torchvision>=" in first
-    assert "--editable .[test]" in second and "--constraint" in second and "torch" not in second
 
 
 def test_a_torch_that_cannot_reach_the_gpu_is_reported(machine):
@@ -361,6 +363,14 @@ def test_a_broken_environment_is_made_anew(machine):
     assert len(machine.noted("venv")) == 2
 
 
+def test_another_python_makes_the_environment_anew(machine):
+    machine.install()
+    machine.program("python3.12", PYTHON.replace("3.11.7", "3.12.1"))
+    assert "Python   3.12, in .venv" in machine.install(PYTHON="python3.12")
+    assert len(machine.noted("venv")) == 2
+    assert "nothing to install" in machine.install()
+
+
 def test_a_new_driver_brings_a_new_torch(machine):
     machine.install()
     machine.driver("12.4")
@@ -396,8 +406,14 @@ def test_system_replaces_a_torch_below_the_bounds(machine):
 
 def test_plan_tells_and_installs_nothing(machine):
     machine.driver("12.4")
-    assert f"torch 2.6.0 from {PYTORCH}/cu124" in machine.install("--plan")
+    assert f"torch==2.6.0 torchvision==0.21.0 from {PYTORCH}/cu124" in machine.install("--plan")
     assert machine.noted("pip") == [] and not (machine.clone / ".venv").exists()
+
+
+def test_plan_tells_that_a_working_torch_stays(machine):
+    machine.install()
+    assert "2.15.0 is there and works: kept" in machine.install("--plan")
+    assert len(machine.noted("pip")) == 2
 
 
 def test_the_reference_is_cloned_once_from_where_one_says(machine, tmp_path):
@@ -433,9 +449,7 @@ def requirements() -> dict[str, Requirement]:
 
 
 def test_every_build_of_the_table_is_within_the_bounds_of_pyproject():
-    table = re.findall(
-        r"^\d+\.\d+  cu\d+  ([\d.]+) +([\d.]+)$", (ROOT / "installations.sh").read_text(), re.MULTILINE
-    )
+    table = re.findall(r"^\d+\.\d+  cu\d+  ([\d.]+) +([\d.]+)$", (ROOT / "installations.sh").read_text(), re.MULTILINE)
     assert len(table) == 3
     for torch, torchvision in table:
         assert torch in requirements()["torch"].specifier
@@ -449,7 +463,7 @@ def test_every_requirement_is_bounded_in_pyproject():
 
 @pytest.mark.parametrize("name", ["environment.yml", "installations.sh", ".ci/run", ".pre-commit-config.yaml"])
 def test_no_other_file_bounds_a_version(name):
-    bounds = re.findall(r"[\w\]]\s*(?:[<>~!=]=|[<>])\s*\d+(?:\.\d+)*", (ROOT / name).read_text())
+    bounds = re.findall(r"[\w\]](?:[<>~!=]=|[<>])\d[\d.]*", (ROOT / name).read_text())
     assert bounds == []
 
 

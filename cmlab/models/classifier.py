@@ -13,17 +13,20 @@ DATA_SETS = ("digits", "tinted-digits")
 
 
 class DigitsClassifier(nn.Module):
-    """Convolutions at size, size / 2, … 4, then a layer of 64 features and one of classes. size is a power of two >= 4."""
+    """Convolutions at size, size / 2, … 4, then a layer of 64 features and one of classes. size is a power of two >= 8."""
+
+    kind = "classifier"
 
     def __init__(self, in_channels: int = 1, size: int = 8, num_classes: int = 10):
         super().__init__()
-        if whole("size", size, least=4) & (size - 1):
-            raise ValueError(f"size must be a power of two, at least 4, got {size}")
-        self.config = dict(name="classifier", in_channels=in_channels, size=size, num_classes=num_classes)
+        if whole("size", size, least=8) & (size - 1):
+            raise ValueError(f"size must be a power of two, got {size}")
+        self.config = dict(in_channels=in_channels, size=size, num_classes=num_classes)
         self.shape = (in_channels, size, size)
-        layers = [convolution(in_channels, 32), convolution(32, 64)]
-        for _ in range(size.bit_length() - 3):  # halve down to 4 x 4
-            layers += [nn.MaxPool2d(2), convolution(64, 64)]
+        layers = [convolution(in_channels, 32)]
+        for _ in range(size.bit_length() - 4):  # halve down to 8 x 8
+            layers += [nn.MaxPool2d(2), convolution(32, 32)]
+        layers += [convolution(32, 64), nn.MaxPool2d(2), convolution(64, 64)]  # 4 x 4
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU())
         self.head = nn.Linear(64, num_classes)
 
@@ -39,7 +42,7 @@ def convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.GroupNorm(8, out_channels), nn.ReLU())
 
 
-def train_classifier(data_name: str, steps: int = 1000, seed: int = 0, batch: int = 128) -> DigitsClassifier:
+def train_classifier(data_name: str, steps: int = 600, seed: int = 0, batch: int = 128) -> DigitsClassifier:
     """Trains a classifier on "digits" or "tinted-digits" (fresh tints in every batch), in eval mode; under a minute on 2 cores.
 
     The same seed gives the same weights. Raises ValueError for another data set.

@@ -1,0 +1,170 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from toys import random_model
+
+from cmlab.data import load_data
+from cmlab.noise import LogNormal
+from cmlab.objectives import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
+from cmlab.recipes import RECIPES, Recipe, get_recipe
+from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.training import Run, TrainingDiverged, train
+
+NET = dict(name="mlp", shape=[1, 8, 8], width=16, depth=1, num_classes=10, dropout=0.2, embedding=16)
+SMALL = Recipe("small", "digits", NET, EDM(sigma_max=20.0), iterations=12, batch=32, warmup=2, bf16=False)
+TEACHER = random_model(Denoiser, num_classes=10)
+OBJECTIVES = {
+    "edm": EDM(sigma_max=20.0),
+    "cd with a target network": ConsistencyDistillation(sigma_max=20.0, num_scales=6),
+    "ct with both curricula": ConsistencyTraining(sigma_max=20.0, end=10),
+    "pd, which changes teachers": ProgressiveDistillation(sigma_max=20.0, start=4, stage_steps=2),
+}
+
+
+def losses(recipe, **options):
+    return [r.loss for r in train(recipe, teacher=TEACHER if recipe.objective.needs_teacher else None, device="cpu", **options)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_a_killed_run_goes_on_bit_for_bit(objective, optimizer, tmp_path):
+    recipe = SMALL.replace(objective=objective, optimizer=optimizer)
+    uninterrupted = losses(recipe)
+    for step, _ in enumerate(train(recipe, teacher=TEACHER if objective.needs_teacher else None, device="cpu", folder=tmp_path, save_every=5), 1):
+        if step == 7:  # two steps after the last save
+            break
+    assert losses(recipe, folder=tmp_path, resume=True) == uninterrupted[5:]
+
+
+def test_a_run_killed_by_the_system_resumes(tmp_path):
+    """SIGKILL at an arbitrary moment, in a process of its own: no handler can help."""
+    code = f"import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r}); import test_training as t; t.endless({str(tmp_path)!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if int(line) >= 11:
+            break
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    recipe = SMALL.replace(iterations=400)
+    resumed = next(train(recipe, device="cpu", folder=tmp_path, resume=True))
+    assert resumed.step >= 11
+    assert resumed.loss == losses(SMALL.replace(iterations=400), data=None)[resumed.step - 1]
+
+
+def endless(folder):
+    for record in train(SMALL.replace(iterations=400), device="cpu", folder=folder, save_every=1):
+        print(record.step, flush=True)
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not():
+    assert losses(SMALL) == losses(SMALL) != losses(SMALL, seed=1)
+
+
+def test_training_leaves_the_global_random_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    losses(SMALL)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_edm_training_learns_to_denoise():
+    """Seeded and small: after 150 steps the loss is well under that of a network that says nothing."""
+    seen = losses(SMALL.replace(iterations=150, batch=128, network=dict(NET, width=128, dropout=0.0), lr=2e-3))
+    assert sum(seen[-20:]) < 0.65 * sum(seen[:20])
+
+
+def test_the_last_record_carries_the_averaged_model(tmp_path):
+    *_, last = train(SMALL, device="cpu", folder=tmp_path)
+    assert last.step == last.total == 12 and isinstance(last.model, Denoiser) and not last.model.training
+    from cmlab.checkpoints import load
+
+    again, x = load(tmp_path / "model"), torch.zeros(2, 1, 8, 8)
+    assert torch.allclose(again(x, 1.0, torch.tensor([0, 1])), last.model(x, 1.0, torch.tensor([0, 1])), atol=1e-6)
+
+
+def test_consistency_objectives_train_consistency_models():
+    *_, last = train(SMALL.replace(objective=OBJECTIVES["ct with both curricula"]), device="cpu")
+    x = torch.randn(2, 1, 8, 8)
+    assert isinstance(last.model, ConsistencyModel) and torch.equal(last.model(x, 0.002, torch.tensor([0, 1])), x)
+
+
+def test_gradients_are_clipped_to_the_recipes_norm():
+    run, seen = Run(SMALL.replace(clip=1e-3), load_data("digits"), None, "cpu", 0), []
+
+    def look(optimizer, args, kwargs):
+        seen.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]).norm())
+
+    run.optimizer.optimizer.register_step_pre_hook(look)
+    norm = run.advance(None)[1]
+    assert norm > 1e-3 and float(seen[0]) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_sigma_and_checkpoint(tmp_path):
+    data = load_data("digits")
+    poisoned = dataclasses.replace(data, images=torch.full_like(data.images, float("inf")))
+    with pytest.raises(TrainingDiverged, match=r"step 1, sigma \[\d+\.\d+.*state.pt"):
+        list(train(SMALL, data=poisoned, device="cpu", folder=tmp_path))
+
+
+def test_progressive_distillation_hands_over_to_the_student():
+    run = Run(SMALL.replace(objective=OBJECTIVES["pd, which changes teachers"]), load_data("digits"), TEACHER, "cpu", 0)
+    first = run.teacher
+    for _ in range(3):
+        run.advance(None)
+    assert run.teacher is not first
+
+
+def test_bad_resumes_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        next(train(SMALL, device="cpu", folder=tmp_path / "none", resume=True))
+    list(train(SMALL, device="cpu", folder=tmp_path))
+    with pytest.raises(ValueError, match="belongs to another run: lr differ"):
+        next(train(SMALL.replace(lr=5e-4), device="cpu", folder=tmp_path, resume=True))
+    path = tmp_path / "state.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read as a training state.*cut off"):
+        next(train(SMALL, device="cpu", folder=tmp_path, resume=True))
+
+
+def test_a_state_with_code_in_it_does_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"recipe": Evil()}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="cannot be read as a training state"):
+        next(train(SMALL, device="cpu", folder=tmp_path, resume=True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unwritable_folder_is_found_out_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        next(train(SMALL, device="cpu", folder=tmp_path / "file" / "run"))
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    rates = [SMALL.replace(iterations=100, warmup=10, decay=0.5).lr_at(k) for k in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[49] == 1e-3 and rates[99] == pytest.approx(2e-5)
+
+
+def test_recipes_are_named_described_and_checked():
+    assert all(recipe.name == name and recipe.cost and recipe.expected for name, recipe in RECIPES.items())
+    assert get_recipe("digits-cd").describe()["objective"]["name"] == "ConsistencyDistillation"
+    assert EDM(sigmas=LogNormal(0, 1)) != EDM()
+    for call, message in [
+        (lambda: get_recipe("digit-cd"), "unknown recipe 'digit-cd'. Did you mean 'digits-cd'"),
+        (lambda: SMALL.replace(learning_rate=1), "unknown recipe field 'learning_rate'"),
+        (lambda: SMALL.replace(iterations=0), "iterations must be at least 1, got 0"),
+        (lambda: SMALL.replace(lr=float("nan")), "lr must be a finite number above 0, got nan"),
+        (lambda: SMALL.replace(optimizer="adam"), "Did you mean 'adamw'"),
+        (lambda: next(train(SMALL, device="meta")), "device 'meta' was asked for, this process runs on"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
