@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from cmlab import checkpoints
 from cmlab.checks import whole
 from cmlab.data import Data, load_data
 from cmlab.models import build
+from cmlab.objectives import ProgressiveDistillation
 from cmlab.recipes import Recipe, get_recipe
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.streams import randint, randn
@@ -52,7 +53,7 @@ class TrainingDiverged(RuntimeError):
 def train(
     recipe: Recipe | str,
     data: Data | None = None,
-    teacher: nn.Module | None = None,
+    teacher: Callable | None = None,
     device: str | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -87,14 +88,16 @@ def train(
 class Run:
     """The state of one training: student, target, EMA, optimizer and step."""
 
-    def __init__(self, recipe: Recipe, data: Data, teacher: nn.Module | None, device: str | None, seed: int):
+    def __init__(self, recipe: Recipe, data: Data, teacher: Callable | None, device: str | None, seed: int):
         self.recipe, self.data, self.seed, self.step = recipe, data, seed, 0
         self.accelerator = Accelerator(cpu=device == "cpu")
         if device is not None and torch.device(device).type != self.accelerator.device.type:
             raise ValueError(f"device {device!r} was asked for, this process runs on {self.accelerator.device}")
         student = self._new_student()
         teacher = teacher or (checkpoints.load(recipe.teacher) if recipe.teacher else None)
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.accelerator.device)
+        if isinstance(teacher, nn.Module):  # an exact denoiser is a plain function
+            teacher = teacher.eval().requires_grad_(False).to(self.accelerator.device)
+        self.teacher, self.teacher_is_own = teacher, False
         self.ema = AveragedModel(student, multi_avg_fn=self._ema_average).to(self.accelerator.device)
         self.target = self._new_target(student)
         self.student, self.optimizer = self.accelerator.prepare(student, self._new_optimizer(student))
@@ -179,10 +182,14 @@ class Run:
 
     def _change_teacher(self) -> None:
         """Progressive distillation: when the number of steps halves, the student so far becomes the teacher."""
-        scales, total = self.recipe.objective.scales, self.recipe.iterations
-        if self.recipe.objective.model_kind == "denoiser" and self.teacher is not None and self.step > 0:
-            if scales(self.step, total) != scales(self.step - 1, total):
-                self.teacher = copy.deepcopy(self.ema.module).eval().requires_grad_(False)
+        if not isinstance(self.recipe.objective, ProgressiveDistillation) or self.step == 0:
+            return
+        before, now = (self.recipe.objective.scales(k, self.recipe.iterations) for k in (self.step - 1, self.step))
+        if before != now:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        self.teacher, self.teacher_is_own = copy.deepcopy(self.ema.module).eval().requires_grad_(False), True
 
     def _check_finite(self, losses: Tensor, levels, folder: str | Path | None) -> None:
         if torch.isfinite(losses).all():
@@ -202,16 +209,12 @@ class Run:
             recipe=self.recipe.describe(), seed=self.seed, step=self.step,
             student=self.accelerator.unwrap_model(self.student).state_dict(), ema=self.ema.state_dict(),
             target=None if self.target is None else self.target.state_dict(),
-            teacher=self.teacher.state_dict() if self._teacher_changes else None,
+            teacher=self.teacher.state_dict() if self.teacher_is_own else None,
             optimizer=self.optimizer.state_dict(),
         )  # fmt: skip
         partial = folder / "state.pt.partial"
         torch.save(state, partial)
         os.replace(partial, folder / "state.pt")
-
-    @property
-    def _teacher_changes(self) -> bool:
-        return self.recipe.objective.needs_teacher and self.recipe.objective.model_kind == "denoiser"
 
     def restore(self, folder: str | Path | None) -> None:
         """Reads <folder>/state.pt back, after checking that it belongs to this recipe and seed."""
@@ -233,6 +236,7 @@ class Run:
         if self.target is not None:
             self.target.load_state_dict(state["target"])
         if state["teacher"] is not None:
+            self._take_over()
             self.teacher.load_state_dict(state["teacher"])
 
     def finish(self, folder: str | Path | None, seconds: float) -> Denoiser:

@@ -7,11 +7,10 @@ from typing import Any
 from torch import nn
 
 from cmlab.checks import known
-from cmlab.models.classifier import DigitsClassifier
 from cmlab.models.small import ResidualMLP
 from cmlab.models.unet import UNet
 
-NETWORKS = {"mlp": ResidualMLP, "unet": UNet, "classifier": DigitsClassifier}
+NETWORKS = {"mlp": ResidualMLP, "unet": UNet}
 
 
 def build(config: dict[str, Any]) -> nn.Module:
