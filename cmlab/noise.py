@@ -96,20 +96,19 @@ def scales_doubling(step: int, total: int, start: int = 10, end: int = 1280) -> 
 
 
 def scales_halving(step: int, steps_per_stage: int, start: int) -> int:
-    """Progressive distillation (Salimans & Ho 2022) as in the released code: start, start/2 … 2 steps, then 2 and 1 for twice as long each.
+    """The student's number of steps in progressive distillation (Salimans & Ho 2022), as the released code counts it.
 
-    Returns the number of steps of the *student*. Raises ValueError unless start is a power of two.
+    start, start/2, … for steps_per_stage each, then 2 and 1 for twice as long each. start is best a power of two.
+    Raises ValueError unless start >= 2, steps_per_stage >= 1 and step >= 0.
     """
-    whole("start", start)
+    whole("start", start, 2)
     whole("steps_per_stage", steps_per_stage)
     whole("step", step, 0)
-    if start & (start - 1):
-        raise ValueError(f"start must be a power of two, got {start}")
     scales = max(start // 2 ** (step // steps_per_stage), 2)
     if scales > 2:
         return scales
-    last_stages = max(step - steps_per_stage * (start.bit_length() - 2), 0) // (2 * steps_per_stage)
-    return max(2 // 2**last_stages, 1)
+    late = max(step - steps_per_stage * (math.log2(start) - 1), 0) // (2 * steps_per_stage)
+    return max(int(2 // 2**late), 1)
 
 
 def mu_adaptive(scales: int, start: int = 2, mu_0: float = 0.95) -> float:

@@ -50,7 +50,7 @@ def test_one_level_is_sigma_max():
         (lambda: weighting("kerras", torch.ones(1)), "Did you mean 'karras'"),
         (lambda: weighting("inverse-gap", torch.ones(1)), "needs the lower level"),
         (lambda: scales_sqrt(11, 10), "step must lie in 0 … 10, got 11"),
-        (lambda: scales_halving(0, 10, 12), "power of two, got 12"),
+        (lambda: scales_halving(0, 10, 1), "start must be at least 2, got 1"),
         (lambda: mu_adaptive(1), "scales must be at least 2"),
         (lambda: mu_adaptive(4, mu_0=1.5), r"mu_0 must lie in \(0, 1\], got 1.5"),
     ],
