@@ -78,7 +78,7 @@ find_python() {
         python=.venv/bin/python exists=yes
     fi
     command -v "$python" >/dev/null || fail "no $python found; install Python $OLDEST_PYTHON or newer, or name one: PYTHON=/path/to/python3 bash installations.sh"
-    version=$(python_version "$python")
+    version=$(python_version "$python" || true)
     [ -n "$version" ] || fail "$python --version does not tell a Python version; name another interpreter with PYTHON="
     if [ "$(as_number "$version")" -lt "$(as_number "$OLDEST_PYTHON")" ]; then
         fail "$python is Python $version, too old: cmlab needs Python $OLDEST_PYTHON or newer; name one with PYTHON=/path/to/python3"
@@ -244,8 +244,8 @@ check_disk() {
     if [ "$keep" = yes ]; then need=1; fi
     need=${CMLAB_NEED_GB:-$need}
     if [ "$system" = yes ]; then folder=$("$python" -c 'import sys; print(sys.prefix)'); fi
-    free=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1048576) }')
-    if [ "${free:-0}" -lt "$need" ]; then fail "disk full: the installation needs $need GB, ${free:-0} GB are free in $folder; free some space and run this again"; fi
+    free=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1048576) }') || fail "df cannot tell the free space of $folder (see above)"
+    if [ "$free" -lt "$need" ]; then fail "disk full: the installation needs $need GB, $free GB are free in $folder; free some space and run this again"; fi
 }
 
 # One clear line for what pip says in many.

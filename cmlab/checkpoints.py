@@ -46,10 +46,10 @@ def save(
 ) -> Path:
     """Writes a model as a folder (config.json, model.safetensors) and returns the folder's absolute path.
 
-    data names the data set it was trained on; facts (recipe, seconds, figures: whatever JSON holds) are kept in the config.
+    data names the data set it was trained on; facts (recipe, seconds, figures: what JSON holds) are kept in the config.
     dtype=torch.float16 halves the file. Atomic: the folder holds the previous model or the new one, each whole.
-    Raises OSError if the folder cannot be written or holds anything but a saved model (which stays as it is), ValueError for
-    a weight that is not finite in the dtype, TypeError for a model or a fact that cannot be saved.
+    Raises OSError if the folder cannot be written or holds anything but a saved model (it stays as it is), ValueError
+    for a weight that is not finite in the dtype, TypeError for a model or a fact that cannot be saved.
     """
     folder = Path(folder).absolute()
     config = json.dumps(_describe(model) | {"data": data, "facts": facts}, indent=2)
@@ -65,9 +65,9 @@ def save(
 def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
     """A saved Denoiser or ConsistencyModel, by the name of an embedded one ("digits-cd") or by the path of its folder.
 
-    Ready to use: in eval mode, without gradients, float32 unless dtype says otherwise; model.info is its config. Draws no
-    random numbers. Raises ValueError for an unknown name (naming the nearest) and for a file that is cut off, foreign or does
-    not fit its config.
+    Ready to use: in eval mode, without gradients, float32 unless dtype says otherwise; model.info is its config. No
+    random numbers are drawn. Raises ValueError for an unknown name (naming the nearest) and for a file that is cut off,
+    foreign or does not fit its config.
     """
     folder = _find(name_or_path)
     config = _read_config(folder)
@@ -78,7 +78,7 @@ def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype
 
 
 def load_classifier(name_or_path: str | Path, device: str | None = None) -> DigitsClassifier:
-    """A saved classifier ("digits-classifier", "tinted-digits-classifier" or a folder), ready to use. Raises as load does."""
+    """A saved classifier ("digits-classifier", "tinted-digits-classifier" or a folder), ready to use."""
     folder = _find(name_or_path)
     config = _read_config(folder)
     if config["kind"] != DigitsClassifier.kind:
@@ -93,7 +93,7 @@ def _network(model: Denoiser | DigitsClassifier) -> nn.Module:
 def _describe(model: Denoiser | DigitsClassifier) -> dict[str, Any]:
     """The config that rebuilds the model."""
     if type(model) not in KINDS.values():
-        raise TypeError(f"model must be a {' or '.join(k.__name__ for k in KINDS.values())}, got {type(model).__name__}")
+        raise TypeError(f"model must be one of {[k.__name__ for k in KINDS.values()]}, got {type(model).__name__}")
     network = _network(model).config
     shape = network.get("shape") or [network["in_channels"], *[network.get("size") or network["image_size"]] * 2]
     config = {"format": FORMAT, "kind": model.kind, "network": network, "shape": list(shape)}
@@ -118,9 +118,9 @@ def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _refuse_other_files(folder: Path) -> None:
     """Raises FileExistsError if saving to the folder would delete anything but a saved model."""
-    others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS)) if folder.exists() else []
-    if others:
-        raise FileExistsError(f"the folder holds {others[0]!r}, which is no part of a saved model; name a new or an empty one")
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name not in (CONFIG, WEIGHTS):
+            raise FileExistsError(f"it holds {path.name!r}, which is no part of a saved model; name a new folder")
 
 
 def _replace(folder: Path, config: str, weights: dict[str, Tensor]) -> None:
@@ -132,6 +132,7 @@ def _replace(folder: Path, config: str, weights: dict[str, Tensor]) -> None:
         partial.mkdir(parents=True)
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(config + "\n", encoding="utf-8")
+        os.chmod(partial / WEIGHTS, (partial / CONFIG).stat().st_mode)  # safetensors makes its files private
         for name in (WEIGHTS, CONFIG):
             with open(partial / name, "rb+") as file:
                 os.fsync(file.fileno())
@@ -167,8 +168,8 @@ def _find(name_or_path: str | Path) -> Path:
         return embedded
     if name in RELEASED:
         raise ValueError(
-            f"{name!r} is a released model: its weights are not on disk, and loading released weights is not part of this "
-            f"version yet. Embedded: {', '.join(EMBEDDED)}"
+            f"{name!r} is a released model: its weights are not on disk, and loading released weights is not part of "
+            f"this version yet. Embedded: {', '.join(EMBEDDED)}"
         )
     _heal(folder)
     if folder.is_dir():

@@ -114,7 +114,7 @@ _ALL = [
         teacher="digits-edm", **FROM_EDM,
     ),
     Recipe(
-        "digits-ct", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)), iterations=5000, batch=1024,
+        "digits-ct", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)), iterations=3000, batch=1024,
         **FROM_EDM,
     ),
     Recipe(

@@ -1,7 +1,7 @@
-"""Numbers that the released code (openai/consistency_models) computed, and the tiny networks that it computed them with.
+"""Numbers that the released code (openai/consistency_models) computed, and the tiny networks that it used.
 
-tests/golden/*.npz and *.json hold data only. What the reference rounds in float32 differs from ours by about 1e-5; a wrong
-layout, time scale or label order moves the outputs by 0.6 and more. So 1e-4 separates right from wrong.
+tests/golden/*.npz and *.json hold data only. What the reference rounds in float32 differs from ours by about 1e-5;
+a wrong layout, time scale or label order moves the outputs by 0.6 and more. So 1e-4 separates right from wrong.
 """
 
 import json

@@ -16,13 +16,15 @@ from cmlab.sampling import (
 
 RUNS = facts("samplers")["runs"]
 CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+ENDING = [name for name, run in RUNS.items() if "ts" in run and run["ts"][-1] == run["steps"] - 1]
 
 
 def sample(name: str, model) -> torch.Tensor:
     """Our sampler for one of the reference's runs, on that run's own noise."""
     run, golden = RUNS[name], arrays("samplers")
     noise, draws = golden["noise"][0], golden["noise"][1 : run["num_draws"]]
-    sigmas = karras_sigmas(run["steps"] + (run["sampler"] == "progdist"), run["sigma_min"], run["sigma_max"], run["rho"])
+    levels = run["steps"] + (run["sampler"] == "progdist")
+    sigmas = karras_sigmas(levels, run["sigma_min"], run["sigma_max"], run["rho"])
     common = dict(labels=golden["y"], clip_denoised=run["clip_denoised"])
     churn = {key: run[key] for key in CHURN if key in run}
     return {
@@ -46,7 +48,7 @@ def test_samplers_equal_the_reference(name):
     assert_close(images, golden[f"x0_{name}"])
 
 
-@pytest.mark.parametrize("name", [name for name, run in RUNS.items() if "ts" in run and run["ts"][-1] == run["steps"] - 1])
+@pytest.mark.parametrize("name", ENDING)
 def test_ts_that_end_at_sigma_min_are_multistep_sampling_at_all_levels_but_the_last(name):
     run, golden = RUNS[name], arrays("samplers")
     sigmas = karras_sigmas(run["steps"])[run["ts"][:-1]]

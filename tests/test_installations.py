@@ -365,7 +365,7 @@ def test_a_broken_environment_is_made_anew(machine):
 
 def test_another_python_makes_the_environment_anew(machine):
     machine.install()
-    machine.program("python3.12", PYTHON.replace("3.11.7", "3.12.1"))
+    machine.program("python3.12", PYTHON.replace("FAKE_PYTHON:-3.11.7", "FAKE_PYTHON:-3.12.1"))
     assert "Python   3.12, in .venv" in machine.install(PYTHON="python3.12")
     assert len(machine.noted("venv")) == 2
     assert "nothing to install" in machine.install()

@@ -1,0 +1,310 @@
+"""The `cmlab` command. Each subcommand reads its arguments, calls the rooms and says where the results are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import tyro
+
+HELP = """Consistency models: the notebook series, training, sampling, editing, evaluation.
+
+Every command explains its options: cmlab tour --help. CMLAB_DEBUG=1 shows where an error comes from."""
+
+
+def tour(
+    fast: bool = False,
+    only: tuple[str, ...] = (),
+    output: Path | None = None,
+    resume: Path | None = None,
+    open: bool = False,
+    lab: bool = False,
+) -> int:
+    """Run the whole series on the embedded data. Example: cmlab tour --only 02 04
+
+    Writes executed notebooks, figures, results.json and index.html into runs/tour-<time>. A lesson that fails does not stop
+    the others; the page shows its error, and the exit code is 1.
+
+    Args:
+        fast: The small size that the tests run, for a first look: minutes instead of a quarter of an hour.
+        only: Lessons by number or name; all without it.
+        output: The folder to write to, instead of runs/tour-<time>.
+        resume: The folder of a stopped run: go on with what is not done.
+        open: Open the page in the browser at the end.
+        lab: Start JupyterLab at 00_start_here instead.
+    """
+    from cmlab import tour as rooms
+
+    if lab:
+        return _jupyter_lab(rooms.lessons_folder())
+    run = rooms.run_tour(only, fast, output, resume)
+    return _finish(run, open)
+
+
+def _jupyter_lab(folder: Path) -> int:
+    import subprocess
+
+    start = next(iter(sorted(folder.glob("00_*.ipynb"))), folder)
+    return subprocess.call([sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={folder}", str(start)])
+
+
+def _finish(run, open_page: bool = False) -> int:
+    """Says where a run is; exit code 1 if something failed."""
+    page = (run.folder / "index.html").resolve()
+    for job in run.failed:
+        print(f"{job.name} failed, {job.error['cell']}: {job.error['message']}", file=sys.stderr)
+    print(f"results: {page}")
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
+    return 1 if run.failed else 0
+
+
+def doctor() -> int:
+    """Tell what this machine has, what is missing and what to do about it. Example: cmlab doctor"""
+    from cmlab.doctor import examine
+
+    return examine()
+
+
+def recipes() -> int:
+    """List the training recipes with their cost and expected result. Example: cmlab recipes"""
+    from cmlab.recipes import RECIPES
+
+    rows = [("recipe", "data", "objective", "steps", "batch", "cost", "expected")]
+    for r in RECIPES.values():
+        rows.append((r.name, r.data, type(r.objective).__name__, str(r.iterations), str(r.batch), r.cost, r.expected))
+    _print_table(rows)
+    return 0
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def train(
+    recipe: str,
+    /,
+    iterations: int | None = None,
+    seed: int | None = None,
+    output: Path | None = None,
+    resume: Path | None = None,
+    device: str | None = None,
+    save_every: int = 100,
+) -> int:
+    """Train a model by a recipe. Example: cmlab train digits-edm --output runs/my-edm
+
+    Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C keeps the last saved state.
+
+    Args:
+        recipe: The name of a recipe; cmlab recipes lists them.
+        iterations: Training steps, instead of the recipe's.
+        seed: Of the initial weights and every draw, instead of the recipe's.
+        output: The folder to write to, instead of runs/train-<recipe>-<time>.
+        resume: The folder of a stopped run: go on where it stopped. Give the same --iterations and --seed.
+        device: cpu or cuda; the best there is without it.
+        save_every: Steps between two saved states.
+    """
+    from tqdm.auto import tqdm
+
+    from cmlab import training
+    from cmlab.batch import Interrupted, free_name, usable_folder
+    from cmlab.recipes import get_recipe
+
+    plan = get_recipe(recipe)
+    if iterations is not None:
+        plan = plan.replace(iterations=iterations)
+    folder = resume or usable_folder(output or free_name(Path("runs"), f"train-{recipe}"))
+    if resume is None and (folder / "state.pt").exists():
+        raise ValueError(f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output")
+    records = training.train(
+        plan, device=device, folder=folder, resume=resume is not None, save_every=save_every, seed=seed
+    )
+    try:
+        with tqdm(total=plan.iterations, unit="step") as bar:
+            for record in records:
+                bar.update(record.step - bar.n)
+                bar.set_postfix_str(f"loss {record.loss:.4f}", refresh=False)
+    except KeyboardInterrupt:
+        given = {"--iterations": iterations, "--seed": seed, "--device": device}
+        options = "".join(f" {name} {value}" for name, value in given.items() if value is not None)
+        raise Interrupted(
+            f"stopped: the last saved state is in {folder}\ngo on with: cmlab train {recipe}{options} --resume {folder}"
+        ) from None
+    print(f"model: {(folder / 'model').resolve()}\nsample from it with: cmlab sample {folder / 'model'}")
+    return 0
+
+
+def sample(
+    model: str,
+    /,
+    num: int = 100,
+    steps: int | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    labels: tuple[int, ...] = (),
+    output: Path | None = None,
+    device: str | None = None,
+) -> int:
+    """Draw pictures from a model. Example: cmlab sample digits-cd --num 50 --steps 2
+
+    Writes an .npz (arr_0: uint8 pixels, N x H x W x C; arr_1: labels) and a .png sheet beside it. A seed gives each picture its own
+    noise: the first ten of 100 are the same as 10.
+
+    Args:
+        model: The name of an embedded model, or the folder of a saved one.
+        num: How many pictures.
+        steps: Network calls of a consistency model (1), steps of a diffusion sampler (18).
+        sampler: onestep, multistep for consistency models; heun, euler, dpm, ancestral for diffusion models.
+        seed: Of the noise.
+        labels: Classes to draw, in turn; all of them without it.
+        output: The .npz to write, instead of runs/samples-<model>.npz.
+        device: cpu or cuda; cpu without it.
+    """
+    from cmlab import pictures
+
+    loaded = pictures.load_model(model, device)
+    images, classes = pictures.draw(loaded, num, steps, sampler, seed, labels)
+    target = output or Path("runs") / f"samples-{Path(model).name}.npz"
+    sheet = pictures.save_samples(target, images, classes)
+    print(f"samples: {target.resolve()}\nsheet:   {sheet.resolve()}")
+    return 0
+
+
+def edit(
+    model: str,
+    task: str,
+    images: tuple[str, ...],
+    /,
+    mask: str = "lower",
+    factor: int = 4,
+    sigma: float = 1.0,
+    label: int | None = None,
+    steps: int = 10,
+    num: int = 8,
+    seed: int = 0,
+    denoiser: str | None = None,
+    output: Path | None = None,
+) -> int:
+    """Edit a picture without training for it. Example: cmlab edit tinted-digits-cd inpaint held-out:7 --mask lower
+
+    Writes a .png: the picture, what the task knows of it, and num results.
+
+    Args:
+        model: A consistency model: an embedded name or a folder.
+        task: inpaint, colorize, super-resolve, denoise, stroke, or interpolate (between two pictures).
+        images: A picture file (two to interpolate), or held-out:N for a picture of the model's data set.
+        mask: What inpaint fills in: lower, upper, left, right, center, or a picture file whose black part is filled in.
+        factor: Of super-resolve: the picture is averaged over blocks of factor x factor pixels.
+        sigma: Noise level of denoise (put on the picture) and stroke (small: close to it).
+        label: The class, for class-conditional models; a held-out picture brings its own.
+        steps: Network calls.
+        num: How many results, or pictures on the way of interpolate.
+        seed: Of the noise.
+        denoiser: For interpolate: the diffusion model that finds the pictures' noises.
+        output: The .png to write, instead of runs/edit-<task>.png.
+    """
+    from cmlab import pictures
+
+    loaded = pictures.load_model(model)
+    target = output or Path("runs") / f"edit-{task}.png"
+    options = dict(mask=mask, factor=factor, sigma=sigma, label=label, steps=steps, num=num, seed=seed, denoiser=denoiser)
+    pictures.save_sheet(target, pictures.edit_picture(loaded, task, images, **options), columns=num + 2)
+    print(f"result: {target.resolve()}")
+    return 0
+
+
+def evaluate(samples: Path, reference: str, /, extractor: str | None = None, device: str | None = None) -> int:
+    """Measure samples against real pictures. Example: cmlab evaluate runs/samples-digits-cd.npz digits:held-out
+
+    Prints Fréchet distance, inception score, KID, precision, recall, and label accuracy where the samples have labels.
+
+    Args:
+        samples: An .npz as cmlab sample writes it (arr_0: uint8, N x H x W x C).
+        reference: Another .npz, or a data set: digits, digits:held-out, tinted-digits, tinted-digits:held-out.
+        extractor: digits-classifier, tinted-digits-classifier or inception; the one that fits the size without it.
+        device: cpu or cuda; cpu without it.
+    """
+    from cmlab import metrics, pictures
+
+    images, labels = pictures.read_samples(samples)
+    real = pictures.read_reference(reference)
+    fitting = {(1, 8, 8): "digits-classifier", (3, 16, 16): "tinted-digits-classifier"}
+    extractor = extractor or fitting.get(tuple(images.shape[1:]), "inception")
+    numbers = metrics.evaluate(
+        images.split(1000), real.split(1000), extractor, None if extractor == "inception" else labels, device=device
+    )
+    print(f"extractor {extractor}")
+    _print_table([(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in numbers.items()])
+    return 0
+
+
+def batch(sweep: Path, /, output: Path | None = None, resume: Path | None = None, open: bool = False) -> int:
+    """Run notebooks over a grid of parameters. Example: cmlab batch sweep.yaml
+
+    The file: notebook: notebooks/02_….ipynb, parameters: {fast: true}, grid: {seed: [0, 1, 2]}, timeout: 600. Writes results.json,
+    results.csv and index.html into runs/sweep-<time>.
+
+    Args:
+        sweep: The YAML file.
+        output: The folder to write to, instead of runs/sweep-<time>.
+        resume: The folder of a stopped sweep: go on with what is not done.
+        open: Open the page in the browser at the end.
+    """
+    from cmlab.tour import run_sweep
+
+    return _finish(run_sweep(sweep, output, resume), open)
+
+
+def refresh(only: tuple[str, ...] = (), /, all: bool = False) -> int:
+    """Run lessons at full size and keep the outputs in the notebooks. Example: cmlab refresh 02
+
+    For who edits a lesson: a notebook is replaced only if every cell succeeds and the result may be committed.
+
+    Args:
+        only: Lessons by number or name, or notebook files.
+        all: Every numbered lesson.
+    """
+    from tqdm.auto import tqdm
+
+    from cmlab.batch import read
+    from cmlab.committed import refresh as refresh_one
+    from cmlab.tour import find_lessons
+
+    if bool(only) == all:
+        raise ValueError("name lessons (cmlab refresh 02) or give --all")
+    paths = [Path(name) for name in only if name.endswith(".ipynb")]
+    paths += find_lessons([name for name in only if not name.endswith(".ipynb")]) if all or len(paths) < len(only) else []
+    for path in paths:
+        with tqdm(total=len(read(path).cells), desc=path.stem, unit="cell") as bar:
+            refresh_one(path, on_cell=lambda done, bar=bar: bar.update(done - bar.n))
+        print(f"refreshed: {path}")
+    return 0
+
+
+COMMANDS = {
+    "tour": tour, "doctor": doctor, "recipes": recipes, "train": train, "sample": sample, "edit": edit, "evaluate": evaluate,
+    "batch": batch, "refresh": refresh,
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 1 after an error, 130 after Ctrl-C (2, of tyro, for misuse)."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cmlab", description=HELP, args=arguments)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("CMLAB_DEBUG"):
+            raise
+        print(f"cmlab: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
