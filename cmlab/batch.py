@@ -1,7 +1,7 @@
 """Runs notebooks with papermill, each in a process of its own, and keeps what comes out of them.
 
-A run folder holds executed notebooks, their pages and figures, results.json and index.html. `python -m cmlab.batch check
-PATHS` says what is wrong with notebooks that are to be committed.
+A run folder holds executed notebooks, their pages and figures, results.json and index.html. `python -m cmlab.batch
+check PATHS` says what is wrong with notebooks that are to be committed.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def execute(
 ) -> dict[str, str] | None:
     """Runs a notebook in its own folder and writes the executed one to target, whether it succeeds or not.
 
-    Returns None, or what failed: cell ("In [7]"), source, message, traceback. timeout is in seconds a cell; on_cell is called
-    with the number of cells that are done. A KeyboardInterrupt ends the kernel before it goes on.
+    Returns None, or what failed: cell ("In [7]"), source, message, traceback. timeout is in seconds a cell; on_cell is
+    called with the number of cells that are done. A KeyboardInterrupt ends the kernel before it goes on.
     """
     job = dict(source=str(source), target=str(target), parameters=parameters or {}, timeout=timeout)
     command = [sys.executable, "-m", "cmlab.batch", "execute", json.dumps(job)]
@@ -97,7 +97,8 @@ def _failure(executed: Path, last: int, message: str) -> dict[str, str]:
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output.traceback))
-                text = f"{output.ename}: {output.evalue}"
+                timed_out = message.startswith("CellTimeoutError")  # then the error in the cell is our interruption
+                text = message if timed_out else f"{output.ename}: {output.evalue}"
                 return dict(cell=f"In [{cell.execution_count}]", source=cell.source, message=text, traceback=trace)
     source = cells[last].source if last < len(cells) else ""
     return dict(cell=f"cell {last + 1} of {len(cells)}", source=source, message=message, traceback="")
@@ -133,8 +134,9 @@ def _execute_here(job: dict[str, Any]) -> int:
     source = Path(job["source"]).resolve()
     try:
         papermill.execute_notebook(
-            str(source), str(Path(job["target"]).resolve()), job["parameters"], engine_name="cmlab", kernel_name="python3",
-            cwd=str(source.parent), execution_timeout=job["timeout"], start_timeout=120, progress_bar=False,
+            str(source), str(Path(job["target"]).resolve()), job["parameters"], engine_name="cmlab",
+            kernel_name="python3", cwd=str(source.parent), execution_timeout=job["timeout"], start_timeout=120,
+            progress_bar=False,
         )  # fmt: skip
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
@@ -192,7 +194,7 @@ def title_of(path: Path | str) -> str:
     for cell in read(path).cells:
         heading = re.search(r"^#+\s+(.+)$", cell.source, re.M) if cell.cell_type == "markdown" else None
         if heading:
-            return re.sub(r"[*_`]", "", heading[1]).strip()
+            return re.sub(r"[*`$]", "", heading[1]).strip()
     return Path(path).stem
 
 
@@ -256,7 +258,7 @@ class RunFolder:
         return [job for job in self.jobs if job.status == "failed"]
 
     def run(self, timeout: int = CELL_TIMEOUT) -> None:
-        """Runs every job that is not done. Raises Interrupted on Ctrl-C, OSError at once for a folder that cannot be used."""
+        """Runs every job that is not done. Raises OSError at once for an unusable folder, Interrupted on Ctrl-C."""
         from tqdm.auto import tqdm
 
         usable_folder(self.folder)
@@ -316,14 +318,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def usable_folder(folder: Path, needed_mb: int = NEEDED_MB) -> Path:
-    """Makes the folder and returns it. Raises OSError now, not in an hour, if it cannot be written or its disk is full."""
+    """Makes the folder and returns it. Raises OSError, now and not in an hour, if it cannot be written or is full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
         probe.write_bytes(bytes(1 << 16))
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write to the output folder {folder}: {error.strerror}. Choose another with --output") from error
+        raise OSError(
+            f"cannot write to the output folder {folder}: {error.strerror}. Choose another with --output"
+        ) from error
     free = shutil.disk_usage(folder).free >> 20
     if free < needed_mb:
         raise OSError(f"the disk of the output folder {folder} is full: {free} MB free, {needed_mb} MB needed")

@@ -82,7 +82,7 @@ def load_classifier(name_or_path: str | Path, device: str | None = None) -> Digi
     folder = _find(name_or_path)
     config = _read_config(folder)
     if config["kind"] != DigitsClassifier.kind:
-        raise ValueError(f"{folder} holds a {config['kind']}, not a classifier; load it with load")
+        raise ValueError(f"{folder} holds a {KINDS[config['kind']].__name__}, no classifier; load it with load")
     return _ready(_read_network(folder, config), config, device, None)
 
 
@@ -177,7 +177,7 @@ def _find(name_or_path: str | Path) -> Path:
     if folder.exists():
         raise ValueError(f"{folder} is a file; a saved model is a folder with {CONFIG} and {WEIGHTS}")
     known("model or folder", name, [*EMBEDDED, *RELEASED])
-    raise AssertionError("unreachable")
+    return folder  # an embedded model's name as a Path: what is missing there is said on reading it
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

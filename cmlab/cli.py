@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+
+Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
+Sweep = Annotated[Path, tyro.conf.arg(metavar="SWEEP.yaml")]
 
 HELP = """Consistency models: the notebook series, training, sampling, editing, evaluation.
 
@@ -23,8 +27,8 @@ def tour(
 ) -> int:
     """Run the whole series on the embedded data. Example: cmlab tour --only 02 04
 
-    Writes executed notebooks, figures, results.json and index.html into runs/tour-<time>. A lesson that fails does not stop
-    the others; the page shows its error, and the exit code is 1.
+    Writes executed notebooks, figures, results.json and index.html into runs/tour-<time>. A lesson that fails does
+    not stop the others; the page shows its error, and the exit code is 1.
 
     Args:
         fast: The small size that the tests run, for a first look: minutes instead of a quarter of an hour.
@@ -87,7 +91,7 @@ def _print_table(rows: list[tuple[str, ...]]) -> None:
 
 
 def train(
-    recipe: str,
+    recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE")],
     /,
     iterations: int | None = None,
     seed: int | None = None,
@@ -120,7 +124,9 @@ def train(
         plan = plan.replace(iterations=iterations)
     folder = resume or usable_folder(output or free_name(Path("runs"), f"train-{recipe}"))
     if resume is None and (folder / "state.pt").exists():
-        raise ValueError(f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output")
+        raise ValueError(
+            f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output"
+        )
     records = training.train(
         plan, device=device, folder=folder, resume=resume is not None, save_every=save_every, seed=seed
     )
@@ -140,7 +146,7 @@ def train(
 
 
 def sample(
-    model: str,
+    model: Model,
     /,
     num: int = 100,
     steps: int | None = None,
@@ -152,8 +158,8 @@ def sample(
 ) -> int:
     """Draw pictures from a model. Example: cmlab sample digits-cd --num 50 --steps 2
 
-    Writes an .npz (arr_0: uint8 pixels, N x H x W x C; arr_1: labels) and a .png sheet beside it. A seed gives each picture its own
-    noise: the first ten of 100 are the same as 10.
+    Writes an .npz (arr_0: uint8 pixels, N x H x W x C; arr_1: labels) and a .png sheet beside it. A seed gives each
+    picture its own noise: the first ten of 100 are the same as 10.
 
     Args:
         model: The name of an embedded model, or the folder of a saved one.
@@ -176,9 +182,9 @@ def sample(
 
 
 def edit(
-    model: str,
-    task: str,
-    images: tuple[str, ...],
+    model: Model,
+    task: Annotated[str, tyro.conf.arg(metavar="TASK")],
+    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE [IMAGE]")],
     /,
     mask: str = "lower",
     factor: int = 4,
@@ -212,13 +218,21 @@ def edit(
 
     loaded = pictures.load_model(model)
     target = output or Path("runs") / f"edit-{task}.png"
-    options = dict(mask=mask, factor=factor, sigma=sigma, label=label, steps=steps, num=num, seed=seed, denoiser=denoiser)
+    options = dict(
+        mask=mask, factor=factor, sigma=sigma, label=label, steps=steps, num=num, seed=seed, denoiser=denoiser
+    )
     pictures.save_sheet(target, pictures.edit_picture(loaded, task, images, **options), columns=num + 2)
     print(f"result: {target.resolve()}")
     return 0
 
 
-def evaluate(samples: Path, reference: str, /, extractor: str | None = None, device: str | None = None) -> int:
+def evaluate(
+    samples: Annotated[Path, tyro.conf.arg(metavar="SAMPLES")],
+    reference: Annotated[str, tyro.conf.arg(metavar="REFERENCE")],
+    /,
+    extractor: str | None = None,
+    device: str | None = None,
+) -> int:
     """Measure samples against real pictures. Example: cmlab evaluate runs/samples-digits-cd.npz digits:held-out
 
     Prints Fréchet distance, inception score, KID, precision, recall, and label accuracy where the samples have labels.
@@ -239,15 +253,17 @@ def evaluate(samples: Path, reference: str, /, extractor: str | None = None, dev
         images.split(1000), real.split(1000), extractor, None if extractor == "inception" else labels, device=device
     )
     print(f"extractor {extractor}")
-    _print_table([(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in numbers.items()])
+    _print_table(
+        [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in numbers.items()]
+    )
     return 0
 
 
-def batch(sweep: Path, /, output: Path | None = None, resume: Path | None = None, open: bool = False) -> int:
+def batch(sweep: Sweep, /, output: Path | None = None, resume: Path | None = None, open: bool = False) -> int:
     """Run notebooks over a grid of parameters. Example: cmlab batch sweep.yaml
 
-    The file: notebook: notebooks/02_….ipynb, parameters: {fast: true}, grid: {seed: [0, 1, 2]}, timeout: 600. Writes results.json,
-    results.csv and index.html into runs/sweep-<time>.
+    The file: notebook: notebooks/02_….ipynb, parameters: {fast: true}, grid: {seed: [0, 1, 2]}, timeout: 600. Writes
+    results.json, results.csv and index.html into runs/sweep-<time>.
 
     Args:
         sweep: The YAML file.
@@ -260,13 +276,13 @@ def batch(sweep: Path, /, output: Path | None = None, resume: Path | None = None
     return _finish(run_sweep(sweep, output, resume), open)
 
 
-def refresh(only: tuple[str, ...] = (), /, all: bool = False) -> int:
+def refresh(lessons: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LESSON ...")] = (), /, all: bool = False) -> int:
     """Run lessons at full size and keep the outputs in the notebooks. Example: cmlab refresh 02
 
     For who edits a lesson: a notebook is replaced only if every cell succeeds and the result may be committed.
 
     Args:
-        only: Lessons by number or name, or notebook files.
+        lessons: By number or name, or notebook files.
         all: Every numbered lesson.
     """
     from tqdm.auto import tqdm
@@ -275,10 +291,14 @@ def refresh(only: tuple[str, ...] = (), /, all: bool = False) -> int:
     from cmlab.committed import refresh as refresh_one
     from cmlab.tour import find_lessons
 
-    if bool(only) == all:
+    if bool(lessons) == all:
         raise ValueError("name lessons (cmlab refresh 02) or give --all")
-    paths = [Path(name) for name in only if name.endswith(".ipynb")]
-    paths += find_lessons([name for name in only if not name.endswith(".ipynb")]) if all or len(paths) < len(only) else []
+    paths = [Path(name) for name in lessons if name.endswith(".ipynb")]
+    paths += (
+        find_lessons([name for name in lessons if not name.endswith(".ipynb")])
+        if all or len(paths) < len(lessons)
+        else []
+    )
     for path in paths:
         with tqdm(total=len(read(path).cells), desc=path.stem, unit="cell") as bar:
             refresh_one(path, on_cell=lambda done, bar=bar: bar.update(done - bar.n))
@@ -287,15 +307,17 @@ def refresh(only: tuple[str, ...] = (), /, all: bool = False) -> int:
 
 
 COMMANDS = {
-    "tour": tour, "doctor": doctor, "recipes": recipes, "train": train, "sample": sample, "edit": edit, "evaluate": evaluate,
-    "batch": batch, "refresh": refresh,
+    "tour": tour, "doctor": doctor, "recipes": recipes, "train": train, "sample": sample, "edit": edit,
+    "evaluate": evaluate, "batch": batch, "refresh": refresh,
 }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 after an error, 130 after Ctrl-C (2, of tyro, for misuse)."""
     try:
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="cmlab", description=HELP, args=arguments)
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="cmlab", description=HELP, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
+        )
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 130

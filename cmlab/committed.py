@@ -75,15 +75,16 @@ def _texts(cell) -> Iterator[str]:
 
 
 def _private_places() -> set[str]:
-    """Folders that must not show in an output: the home folder and the repository's. A short one (/root) would match by chance."""
-    return {place for place in (os.path.expanduser("~") + "/", f"{Path(__file__).parents[1]}/") if len(place) > 2}
+    """Folders that must not show in an output: the home folder and the repository's."""
+    return {place for place in (os.path.expanduser("~") + "/", f"{Path(__file__).parents[1]}/") if place != "//"}
 
 
 def refresh(path: Path | str, timeout: int = CELL_TIMEOUT, on_cell: Callable[[int], None] | None = None) -> Path:
     """Runs a notebook at lesson size and puts the executed one, tidied, in its place; returns its path.
 
-    The notebook stays as it is unless every cell succeeds and the result may be committed: otherwise raises RuntimeError (the
-    cell and its error) or ValueError (what is wrong with the result). Parameters keep the values that stand in their cell.
+    The notebook stays as it is unless every cell succeeds and the result may be committed: otherwise raises
+    RuntimeError (the cell and its error) or ValueError (what is wrong with the result). Parameters keep the values
+    that stand in their cell.
     """
     path = Path(path)
     read(path)
@@ -104,7 +105,7 @@ def refresh(path: Path | str, timeout: int = CELL_TIMEOUT, on_cell: Callable[[in
 
 
 def tidy(notebook):
-    """The notebook without run times, papermill's notes and random cell ids, so that two runs differ in results only."""
+    """The notebook without run times, papermill's notes and random cell ids: two runs differ in results only."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata["kernelspec"] = dict(KERNEL)
     notebook.metadata["language_info"] = {"name": "python"}

@@ -101,9 +101,7 @@ class ClassStatistics:
         """Takes in a batch of class probabilities (N, K), rows summing to 1; returns self."""
         p = finite("probabilities", torch.as_tensor(probabilities).double())
         if p.ndim != 2 or len(p) == 0 or (p < 0).any() or (p.sum(1) - 1).abs().max() > 1e-3:
-            raise ValueError(
-                f"probabilities must be (N, K), rows >= 0 that sum to 1, got shape {tuple(p.shape)}"
-            )
+            raise ValueError(f"probabilities must be (N, K), rows >= 0 that sum to 1, got shape {tuple(p.shape)}")
         self.count, self.total = self.count + len(p), self.total + p.sum(0)
         self.certainty += float(torch.xlogy(p, p).sum())
         return self
@@ -186,7 +184,7 @@ def nearest_neighbour_ratio(samples: Tensor, train: Tensor, held_out: Tensor) ->
 
     About 1: as far from the training set as new real data. Well below: the model repeats what it has seen. 0: copies.
     """
-    return _ratio(_nearest("samples", samples, train).mean(), _nearest("held_out", held_out, train).mean())
+    return _ratio(_nearest("samples", samples, train).mean(), _nearest("held_out", held_out, train).mean(), "held_out")
 
 
 def _nearest(argument: str, images: Tensor, train: Tensor) -> Tensor:
@@ -197,9 +195,9 @@ def _nearest(argument: str, images: Tensor, train: Tensor) -> Tensor:
     return torch.cat([squared_distances(part, train).amin(1).sqrt() for part in parts])
 
 
-def _ratio(ours: Tensor, real: Tensor) -> float:
+def _ratio(ours: Tensor, real: Tensor, argument: str) -> float:
     if real == 0:
-        raise ValueError("held-out images must differ from train: each of them is one of train")
+        raise ValueError(f"{argument} must hold images that are not in train, to compare with; all of them are")
     return float(ours / real)
 
 
@@ -357,7 +355,7 @@ def evaluate(
         same_shape("labels", labels, classes.shape)
         result["accuracy"] = float((classes == labels.cpu()).double().mean())
     if train is not None:
-        result["nearest_neighbour_ratio"] = _ratio(near, real_near)
+        result["nearest_neighbour_ratio"] = _ratio(near, real_near, "reference")
     return result
 
 

@@ -35,14 +35,15 @@ INDEX = """<!DOCTYPE html>
 <main>
 {cards}
 </main>
-<footer>Key numbers of all notebooks: <a href="results.json">results.json</a>. Figures: <a href="figures/">figures/</a>.</footer>
+<footer>Key numbers of all notebooks: <a href="results.json">results.json</a>.
+Figures: <a href="figures/">figures/</a>.</footer>
 </body>
 </html>
 """
 
 STYLE = """
-:root { --page: #f6f5f2; --card: #fff; --ink: #1d1d1b; --quiet: #63625c; --line: #dfddd6; --accent: #b34700; --bad: #b3261e;
-  --bad-back: #fdf0ee; --good: #00664a; }
+:root { --page: #f6f5f2; --card: #fff; --ink: #1d1d1b; --quiet: #63625c; --line: #dfddd6; --accent: #b34700;
+  --bad: #b3261e; --bad-back: #fdf0ee; --good: #00664a; }
 @media (prefers-color-scheme: dark) { :root { --page: #171716; --card: #222220; --ink: #eceae4; --quiet: #a3a199;
   --line: #3a3935; --accent: #ff9a57; --bad: #ff8a80; --bad-back: #33201e; --good: #5fd0a8; } }
 * { box-sizing: border-box; }
@@ -50,11 +51,15 @@ body { margin: 0 auto; max-width: 76rem; padding: 2.5rem 1.5rem; background: var
   font: 16px/1.5 system-ui, "Liberation Sans", "DejaVu Sans", sans-serif; }
 h1 { margin: 0; font-size: 2rem; letter-spacing: -.02em; line-height: 1.2; }
 .about { margin: .4rem 0 0; color: var(--quiet); }
-.notice { margin: 1rem 0 0; padding: .6rem .9rem; border-left: 4px solid var(--bad); background: var(--bad-back); border-radius: 4px; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; margin: 2rem 0; }
-article { display: flex; flex-direction: column; overflow: hidden; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.notice { margin: 1rem 0 0; padding: .6rem .9rem; border-left: 4px solid var(--bad); border-radius: 4px;
+  background: var(--bad-back); }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr));
+  gap: 1.5rem; margin: 2rem 0; }
+article { display: flex; flex-direction: column; overflow: hidden; background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px; }
 article.failed { border-color: var(--bad); }
-.picture { display: flex; align-items: center; justify-content: center; height: 11.5rem; background: #fff; border-bottom: 1px solid var(--line); }
+.picture { display: flex; align-items: center; justify-content: center; height: 11.5rem; background: #fff;
+  border-bottom: 1px solid var(--line); }
 .picture img { max-width: 100%; max-height: 100%; padding: .5rem; }
 .picture.none { background: var(--page); color: var(--quiet); }
 .text { display: flex; flex-direction: column; flex: 1; padding: 1rem 1.2rem 1.1rem; }
@@ -69,7 +74,8 @@ td { text-align: right; font-variant-numeric: tabular-nums; padding-left: 1rem; 
 .links { margin: auto 0 0; font-size: .9rem; }
 a { color: var(--accent); } .links a + a { margin-left: 1.1rem; }
 .error { margin: 0 0 .6rem; color: var(--bad); overflow-wrap: anywhere; }
-pre { max-height: 15rem; margin: .3rem 0 .8rem; padding: .7rem .9rem; overflow: auto; background: var(--page); border: 1px solid var(--line); border-radius: 6px;
+pre { max-height: 15rem; margin: .3rem 0 .8rem; padding: .7rem .9rem; overflow: auto; background: var(--page);
+  border: 1px solid var(--line); border-radius: 6px;
   font: .82rem/1.45 ui-monospace, "Liberation Mono", "DejaVu Sans Mono", monospace; }
 summary { cursor: pointer; font-size: .9rem; margin-bottom: .6rem; }
 footer { color: var(--quiet); font-size: .9rem; }
@@ -77,7 +83,7 @@ footer { color: var(--quiet); font-size: .9rem; }
 
 
 def index_page(run: RunFolder) -> str:
-    """The page of a run: a card a notebook with thumbnail, status, run time, key numbers, links, or the error with its cell."""
+    """The page of a run: a card a notebook with picture, status, run time, key numbers, or the error and its cell."""
     seconds = sum(job.seconds for job in run.jobs)
     about = [run.started, "CI size" if run.fast else "", run.machine, f"{duration(seconds)} in all"]
     return INDEX.format(
@@ -98,10 +104,14 @@ def _notice(run: RunFolder) -> str:
     """What the reader must know first: failures, or notebooks still to run and how."""
     lines = []
     if run.failed:
-        lines.append(f"{len(run.failed)} of {len(run.jobs)} failed: {', '.join(html.escape(job.name) for job in run.failed)}.")
+        lines.append(
+            f"{len(run.failed)} of {len(run.jobs)} failed: {', '.join(html.escape(job.name) for job in run.failed)}."
+        )
     left = sum(job.status in ("waiting", "interrupted") for job in run.jobs)
     if left:
-        lines.append(f"{left} not run yet. Go on with <code>{html.escape(f'{run.command} --resume {run.folder}')}</code>")
+        lines.append(
+            f"{left} not run yet. Go on with <code>{html.escape(f'{run.command} --resume {run.folder}')}</code>"
+        )
     return f'<p class="notice">{"<br>".join(lines)}</p>' if lines else ""
 
 
@@ -176,16 +186,20 @@ def notebook_page(notebook, title: str) -> str:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", mermaid_js_url="")
     page, _ = exporter.from_notebook_node(notebook)
-    page = re.sub(r"<script[^>]*>(?:(?!</script>).)*?https?://.*?</script>", "", page, flags=re.S)  # its loaders' defaults
+    page = re.sub(
+        r"<script[^>]*>(?:(?!</script>).)*?https?://.*?</script>", "", page, flags=re.S
+    )  # its loaders' defaults
     return page.replace("</head>", '<link rel="icon" href="data:,"></head>', 1)
 
 
 # Code spans and blocks first: a dollar in them is a dollar.
-_MATH = re.compile(r"(```.*?```|`[^`\n]*`)|(?<![\\$])\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\w)", re.S)
+_MATH = re.compile(
+    r"(```.*?```|`[^`\n]*`)|(?<![\\$])\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<![\s\\])\$(?!\w)", re.S
+)
 
 
 def with_mathml(text: str) -> str:
-    """Markdown with its $formulas$ as MathML, which browsers draw without MathJax; as they were where that cannot be done."""
+    """Markdown with its $formulas$ as MathML, which browsers draw without MathJax; as they were where that fails."""
     if importlib.util.find_spec("latex2mathml") is None:
         return text
     from latex2mathml.converter import convert

@@ -99,18 +99,18 @@ _ALL = [
     ),
     Recipe(
         "digits-ct-short", objective=ConsistencyTraining(**DIGITS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)),
-        iterations=800, batch=768, **FROM_EDM,
+        iterations=600, batch=768, **FROM_EDM,
     ),
     Recipe(
         "digits-ict-short", objective=ImprovedConsistencyTraining(**DIGITS, start=10, end=80, distance=PseudoHuber(0.03)),
-        iterations=800, batch=768, **FROM_EDM,
+        iterations=600, batch=768, **FROM_EDM,
     ),
     Recipe(
         "digits-ect-short", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)),
-        iterations=800, batch=768, **FROM_EDM,
+        iterations=600, batch=768, **FROM_EDM,
     ),
     Recipe(
-        "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=200), iterations=1000, batch=768,
+        "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=150), iterations=750, batch=512,
         teacher="digits-edm", **FROM_EDM,
     ),
     Recipe(

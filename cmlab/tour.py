@@ -20,11 +20,13 @@ def lessons_folder() -> Path:
     for place in places:
         if any(place.glob("0*.ipynb")):
             return place
-    raise FileNotFoundError(f"no numbered notebooks (00_….ipynb) in {' or '.join(map(str, places))}; run it in the repository")
+    raise FileNotFoundError(
+        f"no numbered notebooks (00_….ipynb) in {' or '.join(map(str, places))}; run it in the repository"
+    )
 
 
 def find_lessons(only: Iterable[str] = (), folder: Path | None = None) -> list[Path]:
-    """The numbered notebooks in order. only picks by number ("02") or by name. Raises ValueError for one that is not there."""
+    """The numbered notebooks in order. only picks by number ("02") or name. Raises ValueError for an unknown one."""
     found = sorted((folder or lessons_folder()).glob("[0-9][0-9]_*.ipynb"))
     chosen = []
     for wanted in only:
@@ -51,19 +53,23 @@ def run_tour(
 ) -> RunFolder:
     """Runs the numbered notebooks one after the other into output (default: runs/tour-<time>) and returns the run.
 
-    A lesson that fails does not stop the others. fast runs the CI size; resume goes on with a stopped run's folder, with the
-    lessons and the size it began with. Raises ValueError, OSError before anything long starts, and Interrupted on Ctrl-C.
+    A lesson that fails does not stop the others. fast runs the CI size; resume goes on with a stopped run's folder,
+    with the lessons and the size it began with. Raises ValueError, OSError before anything long starts, and
+    Interrupted on Ctrl-C.
     """
     if resume is not None:
         run = RunFolder.load(resume)
     else:
         fast = fast or fast_mode()
         jobs = [
-            Job(path.stem, str(path), {"fast": True} if fast else {}, title_of(path)) for path in find_lessons(only, notebooks)
+            Job(path.stem, str(path), {"fast": True} if fast else {}, title_of(path))
+            for path in find_lessons(only, notebooks)
         ]
         folder = output or free_name(Path("runs"), "tour")
         if (folder / "results.json").exists():
-            raise ValueError(f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output")
+            raise ValueError(
+                f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output"
+            )
         run = RunFolder(folder, "A tour of consistency models", "cmlab tour", jobs, fast)
     run.run(timeout)
     return run
@@ -75,15 +81,15 @@ SWEEP_KEYS = ["notebook", "notebooks", "parameters", "grid", "timeout"]
 
 
 def run_sweep(sweep: Path, output: Path | None = None, resume: Path | None = None) -> RunFolder:
-    """Runs the notebooks of a YAML file once for every combination of its grid, into output (default: runs/sweep-<time>).
+    """Runs the notebooks of a YAML file once for every combination of its grid, into output (or runs/sweep-<time>).
 
         notebook: notebooks/02_consistency_distillation.ipynb     # or notebooks: [..., ...]
         parameters: {fast: true}                                  # for every run
         grid: {seed: [0, 1, 2], lr: [1.0e-3, 1.0e-4]}             # one run for every combination
         timeout: 600                                              # seconds a cell
 
-    Writes results.csv (a row a run) beside results.json. Raises ValueError for a file, parameter name or value that does not
-    fit, before anything runs; Interrupted on Ctrl-C.
+    Writes results.csv (a row a run) beside results.json. Raises ValueError for a file, parameter name or value that
+    does not fit, before anything runs; Interrupted on Ctrl-C.
     """
     jobs, timeout = plan_sweep(sweep)
     if resume is not None:
@@ -119,7 +125,9 @@ def plan_sweep(sweep: Path) -> tuple[list[Job], int]:
     fixed, grid = plan.get("parameters") or {}, plan.get("grid") or {}
     if not all(isinstance(values, list) and values for values in grid.values()):
         raise ValueError(f"{sweep}: every entry of grid must be a list of values, such as seed: [0, 1, 2]")
-    return list(_combinations([_beside(sweep, name) for name in named], fixed, grid)), int(plan.get("timeout", CELL_TIMEOUT))
+    return list(_combinations([_beside(sweep, name) for name in named], fixed, grid)), int(
+        plan.get("timeout", CELL_TIMEOUT)
+    )
 
 
 def _beside(sweep: Path, name: str) -> Path:
@@ -140,7 +148,7 @@ def _combinations(notebooks: list[Path], fixed: dict[str, Any], grid: dict[str, 
 
 
 def check_parameters(notebook: Path, given: Iterable[tuple[str, Any]]) -> None:
-    """Raises ValueError for a parameter that the notebook does not have, with the nearest it has, or a value of a wrong kind."""
+    """Raises ValueError for a parameter that the notebook lacks, naming the nearest, or a wrong kind of value."""
     import papermill
 
     known = papermill.inspect_notebook(str(notebook))

@@ -50,8 +50,8 @@ class UNet(nn.Module):
     out_channels            of the output
     num_res_blocks          residual blocks a level on the way down; one more on the way up
     attention_resolutions   where attention follows each residual block, as *downsampling factors*, like the released
-                            UNetModel's: 1 is the full picture, 2 its half … A released command line's "32,16,8" are pixels:
-                            at image size 64 they become (2, 4, 8). The middle always has attention
+                            UNetModel's: 1 is the full picture, 2 its half … A released command line's "32,16,8" are
+                            pixels: at image size 64 they become (2, 4, 8). The middle always has attention
     dropout                 inside every residual block, in training mode
     channel_mult            one factor a level, from the top down
     num_classes             None: unconditional; else labels are required
