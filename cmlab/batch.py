@@ -214,7 +214,7 @@ def pictures(notebook) -> Iterator[tuple[bytes, str]]:
             data = output.get("data", {}).get("image/png")
             if data:
                 about = output.get("metadata", {})
-                yield base64.b64decode(data), about.get("image/png", about).get("alt", "")
+                yield base64.b64decode(data), about.get("image/png", {}).get("alt", "")
 
 
 # --- a folder of runs -----------------------------------------------------------------------------------------------

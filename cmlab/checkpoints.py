@@ -193,9 +193,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a config of this package: format must be {FORMAT}, got {given!r}")
     kind = known(f"kind in {path}:", config.get("kind"), KINDS)
     needed = ["network"] if kind == DigitsClassifier.kind else ["network", *SCALINGS]
-    missing = [field for field in needed if field not in config]
+    kinds = {"network": dict} | dict.fromkeys(SCALINGS, (int, float))
+    missing = [field for field in needed if not isinstance(config.get(field), kinds[field])]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+        raise ValueError(f"{path} lacks {', '.join(missing)}, or has something else in its place")
     return config
 
 

@@ -206,6 +206,8 @@ DAMAGES = [
     (lambda f: change_config(f, format=2), "format must be 1, got 2"),
     (lambda f: change_config(f, kind="consistancy"), "unknown kind .*'consistancy'. Did you mean 'consistency'"),
     (lambda f: (f / "config.json").write_text('{"format": 1, "kind": "denoiser"}'), "lacks network, sigma_data"),
+    (lambda f: change_config(f, sigma_data="half", network=[]), "lacks network, sigma_data, or has something else"),
+    (lambda f: change_config(f, sigma_min=-1.0), "need 0 < sigma_min <= sigma_max, got -1.0"),
     (lambda f: change_config(f, network={"name": "mpl"}), "unknown network 'mpl'. Did you mean 'mlp'"),
     (lambda f: change_config(f, network={"name": "mlp", "shape": [2], "legs": 4}), "does not fit ResidualMLP.*'legs'"),
     (other_weights, r"does not fit its config: .* is missing; .* \(and \d+ more\)"),
