@@ -47,7 +47,9 @@ def floating(argument: str, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{argument} must be a torch tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"{argument} must be a floating-point tensor, got dtype {x.dtype} (images are floats in [-1, 1])")
+        raise TypeError(
+            f"{argument} must be a floating-point tensor, got dtype {x.dtype} (images are floats in [-1, 1])"
+        )
     return x
 
 

@@ -62,7 +62,9 @@ def _digits() -> Data:
     pixels, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1  # 0 … 16 -> -1 … 1
     labels = torch.from_numpy(classes).long()
-    train, held_out = train_test_split(torch.arange(len(labels)).numpy(), test_size=360, stratify=classes, random_state=0)
+    train, held_out = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=360, stratify=classes, random_state=0
+    )
     return Data("digits", images[train], labels[train], images[held_out], labels[held_out], 0.75, 10)
 
 
@@ -81,20 +83,20 @@ def _moons() -> Data:
 
 
 def tint(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """Digits (N, 1, 8, 8) in [-1, 1] -> (N, 3, 16, 16): each drawn in one random colour on another, bilinearly enlarged.
+    """Digits (N, 1, 8, 8) in [-1, 1] -> (N, 3, 16, 16): each drawn in one random colour on another, every pixel doubled.
 
-    The two colours of a picture differ in luminance by at least 0.6 (of a range of 2), so that every digit can be read.
+    The two colours of a picture differ in luminance by at least 0.8 (of a range of 2), so that every digit can be read.
     """
     same_shape("digits", digits, (len(digits), 1, 8, 8))
-    ink = (F.interpolate(digits, size=16, mode="bilinear", align_corners=False) + 1) / 2  # (N, 1, 16, 16) in [0, 1]
+    ink = (F.interpolate(digits, scale_factor=2, mode="nearest") + 1) / 2  # (N, 1, 16, 16) in [0, 1]
     paper, pen = _colour_pairs(len(digits), generator)
     return paper + ink * (pen - paper)
 
 
 def _colour_pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     luminance = torch.tensor([0.2989, 0.5870, 0.1140])
-    colours = torch.rand(n, 16, 2, 3, generator=generator) * 2 - 1  # 16 tries a picture: some pair is far enough apart
-    apart = ((colours[:, :, 0] - colours[:, :, 1]) @ luminance).abs() > 0.6  # (n, 16)
+    colours = torch.rand(n, 64, 2, 3, generator=generator) * 2 - 1  # 64 tries a picture: some pair is far enough apart
+    apart = ((colours[:, :, 0] - colours[:, :, 1]) @ luminance).abs() > 0.8  # (n, 64)
     first = apart.float().argmax(1)
     pair = colours[torch.arange(n), first]  # (n, 2, 3)
     return pair[:, 0].reshape(n, 3, 1, 1), pair[:, 1].reshape(n, 3, 1, 1)

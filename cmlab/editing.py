@@ -34,7 +34,10 @@ class Task:
         return self.project(images)
 
     def start(self, measurement: Tensor, noise: Tensor, sigma: float) -> Tensor:
-        """The first input of the network. Pure noise at sigma, as in the released code (the paper adds the measurement: no matter at 80)."""
+        """The first input of the network: pure noise at sigma, as in the released code.
+
+        The paper adds the measurement to it, which makes no difference at sigma 80.
+        """
         return sigma * noise
 
     def combine(self, measurement: Tensor, x: Tensor) -> Tensor:
@@ -165,12 +168,14 @@ def edit(
     levels = levels_of(sigmas)
     task.check_levels(levels)
     draw = Draws(noises, generator, len(levels), measurement)
-    x = task.start(measurement, draw(0, measurement), levels[0])
-    for k, sigma in enumerate(levels):
-        if k > 0:
-            x = image + renoise_std(sigma, model.sigma_min) * draw(k, image)
+
+    def jump(x: Tensor, sigma: float) -> Tensor:
         image = model(x, sigma, labels)
-        image = task.combine(measurement, image.clamp(-1, 1) if clip_denoised else image)
+        return task.combine(measurement, image.clamp(-1, 1) if clip_denoised else image)
+
+    image = jump(task.start(measurement, draw(0, measurement), levels[0]), levels[0])
+    for k, sigma in enumerate(levels[1:], 1):
+        image = jump(image + renoise_std(sigma, model.sigma_min) * draw(k, image), sigma)
     return image
 
 

@@ -36,5 +36,7 @@ def report(**numbers: float) -> None:
     from IPython.display import display
 
     numbers = {name: value if isinstance(value, str) else float(value) for name, value in numbers.items()}
-    text = "   ".join(f"{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in numbers.items())
+    text = "   ".join(
+        f"{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in numbers.items()
+    )
     display({"text/plain": text, RESULTS_MIME: numbers}, raw=True)

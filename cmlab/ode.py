@@ -62,6 +62,6 @@ def trajectory(denoiser, x: Tensor, sigmas, labels: Tensor | None = None, step=h
 
 def solve(denoiser, x: Tensor, sigmas, labels: Tensor | None = None, step=heun_step) -> Tensor:
     """Follows the ODE from x at sigmas[0] to sigmas[-1] > 0; returns the end point. Differs from a sampler: no step to sigma 0."""
-    for x in trajectory(denoiser, x, sigmas, labels, step):
-        pass
+    for end in trajectory(denoiser, x, sigmas, labels, step):
+        x = end
     return x

@@ -41,8 +41,8 @@ def load_model(name: str, device: str | None = None) -> Denoiser | ConsistencyMo
 
 
 def levels_for(model, steps: int, start: float) -> Tensor:
-    """Noise levels for `steps` calls of a consistency model: start, then down the Karras grid, without its end."""
-    return karras_sigmas(steps + 1, model.sigma_min, start)[:-1]
+    """Noise levels for `steps` calls of a consistency model: start, then geometrically down, stopping short of sigma_min."""
+    return start * (model.sigma_min / start) ** (torch.arange(steps, dtype=torch.float64) / steps)
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------

@@ -58,7 +58,9 @@ def png(figure) -> bytes:
 def img_tag(figure, caption: str, width: int | None = None) -> str:
     """The figure as a self-contained HTML <img> with alternative text, for widgets."""
     size = f' width="{width}"' if width else ""
-    return f'<img alt="{html.escape(caption)}"{size} src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}">'
+    return (
+        f'<img alt="{html.escape(caption)}"{size} src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}">'
+    )
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -107,7 +109,9 @@ def sheets(groups: dict[str, Tensor], columns: int = 8, height: float = 2.4):
     return figure
 
 
-def draw_points(axes, points: Tensor, title: str = "", color: str = PALETTE[1], limit: float = 1.6, size: float = 3) -> None:
+def draw_points(
+    axes, points: Tensor, title: str = "", color: str = PALETTE[1], limit: float = 1.6, size: float = 3
+) -> None:
     """Draws points of the plane (N, 2) into a square axes of the given half width."""
     x, y = points.detach().cpu().T
     axes.scatter(x, y, s=size, color=color, alpha=0.5, linewidths=0)

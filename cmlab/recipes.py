@@ -118,13 +118,12 @@ _ALL = [
         **FROM_EDM,
     ),
     Recipe(
-        "tinted-digits-edm", "tinted-digits", TINTED_NET, EDM(**TINTED, sigmas=LogNormal(-0.8, 1.4)), iterations=4000,
-        lr=7e-4,
+        "tinted-digits-edm", "tinted-digits", TINTED_NET, EDM(**TINTED, sigmas=LogNormal(-0.8, 1.4)), iterations=3000,
+        batch=512, lr=1.2e-3,
     ),
     Recipe(
-        "tinted-digits-cd", "tinted-digits", TINTED_NET,
-        ConsistencyDistillation(**TINTED, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.1)), iterations=4000, lr=4e-4,
-        teacher="tinted-digits-edm", init_from="tinted-digits-edm",
+        "tinted-digits-cd", "tinted-digits", TINTED_NET, ConsistencyDistillation(**TINTED, **DISTIL), iterations=1300,
+        batch=1024, lr=1.5e-3, decay=0.6, teacher="tinted-digits-edm", init_from="tinted-digits-edm",
     ),
     Recipe(
         "moons-edm", "moons", MOONS_NET, EDM(**MOONS), iterations=1500, batch=384, lr=2e-3, bf16=False,

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cmlab.checks import finite, known, same_shape, whole
 from cmlab.noise import karras_sigmas
-from cmlab.ode import velocity
 from cmlab.streams import randn_like
 
 
@@ -240,10 +239,11 @@ def multistep_states(
     """The states of sample_multistep: denoised of the last one is the result."""
     clipped, levels = _Clipped(model, clip_denoised), levels_of(sigmas)
     draw = Draws(noises, generator, len(levels) - 1, finite("noise", noise))
-    x = noise * levels[0]
+    denoised, added = torch.zeros_like(noise), levels[0] * noise  # the first jump starts from noise alone
     for k, sigma in enumerate(levels):
         if k > 0:
-            x = denoised + renoise_std(sigma, model.sigma_min) * draw(k - 1, denoised)
+            added = renoise_std(sigma, model.sigma_min) * draw(k - 1, noise)
+        x = denoised + added
         denoised = clipped(x, sigma, labels)
         yield State(k, sigma, x, denoised)
     return denoised

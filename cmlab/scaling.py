@@ -35,7 +35,9 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
 def boundary_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in of Song et al. (2023), app. C: c_skip = 1 and c_out = 0 exactly at sigma_min."""
     above, total = sigma - sigma_min, sigma**2 + sigma_data**2
-    c_skip = 1 / (1 + (above / sigma_data) ** 2)  # written so that it is 1 exactly, whatever sigma_data, in floating point too
+    c_skip = 1 / (
+        1 + (above / sigma_data) ** 2
+    )  # written so that it is 1 exactly, whatever sigma_data, in floating point too
     c_out = above * sigma_data / total.sqrt()  # zero at sigma_min: the network cannot move x there
     return c_skip, c_out, 1 / total.sqrt()
 

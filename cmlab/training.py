@@ -109,7 +109,9 @@ class Run:
             net = build(r.network)
         if r.init_from:
             net.load_state_dict(checkpoints.load(r.init_from).net.state_dict())
-        return MODELS[r.objective.model_kind](net, self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max).train()
+        return MODELS[r.objective.model_kind](
+            net, self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
+        ).train()
 
     def _new_target(self, student: nn.Module) -> AveragedModel | None:
         if self.recipe.objective.mu(self.recipe.iterations, self.recipe.iterations) == 0:
@@ -196,7 +198,9 @@ class Run:
             return
         where = levels[0][~torch.isfinite(losses[: len(levels[0])])].tolist()[:3]
         state = None if folder is None else Path(folder) / "state.pt"
-        last = f"the last good checkpoint is {state}" if state and state.exists() else "no checkpoint was kept (no folder)"
+        last = (
+            f"the last good checkpoint is {state}" if state and state.exists() else "no checkpoint was kept (no folder)"
+        )
         raise TrainingDiverged(f"loss is not finite at step {self.step + 1}, sigma {where}; {last}")
 
     def save(self, folder: str | Path) -> None:
@@ -224,7 +228,9 @@ class Run:
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path} cannot be read as a training state ({type(error).__name__}); is it cut off?") from error
+            raise ValueError(
+                f"{path} cannot be read as a training state ({type(error).__name__}); is it cut off?"
+            ) from error
         mine = json.loads(json.dumps(self.recipe.describe()))
         differs = [k for k, v in state["recipe"].items() if mine.get(k) != json.loads(json.dumps(v))]
         if differs or state["seed"] != self.seed:

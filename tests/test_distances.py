@@ -7,7 +7,9 @@ from toys import draws
 from cmlab.distances import LPIPS, PseudoHuber, get_distance, l1, l2, load_lpips
 
 
-@pytest.mark.parametrize("distance", [l1, l2, PseudoHuber(), LPIPS(metric=lambda a, b: (a - b).square().mean((1, 2, 3)))])
+@pytest.mark.parametrize(
+    "distance", [l1, l2, PseudoHuber(), LPIPS(metric=lambda a, b: (a - b).square().mean((1, 2, 3)))]
+)
 def test_distances_are_zero_to_itself_and_symmetric(distance):
     a, b = draws(3, 3, 8, 8), draws(3, 3, 8, 8, seed=1)
     assert distance(a, b).shape == (3,) and (distance(a, b) > 0).all()
@@ -45,7 +47,9 @@ def test_lpips_enlarges_small_images_and_maps_them_to_zero_one():
 
 def test_lpips_leaves_large_images_at_their_size():
     seen = []
-    LPIPS(metric=lambda a, b: seen.append(a) or a.mean((1, 2, 3)))(torch.ones(1, 3, 256, 256), torch.ones(1, 3, 256, 256))
+    LPIPS(metric=lambda a, b: seen.append(a) or a.mean((1, 2, 3)))(
+        torch.ones(1, 3, 256, 256), torch.ones(1, 3, 256, 256)
+    )
     assert seen[0].shape == (1, 3, 256, 256)
 
 
@@ -53,7 +57,9 @@ def test_missing_backbone_says_what_to_fetch_and_where_to_put_it(tmp_path, monke
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no network, at once
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af.pth.*hub/checkpoints.*Fetch https://download.pytorch.org"):
+    with pytest.raises(
+        FileNotFoundError, match=r"vgg16-397923af.pth.*hub/checkpoints.*Fetch https://download.pytorch.org"
+    ):
         load_lpips("vgg")
 
 

@@ -43,7 +43,11 @@ def test_colorize_keeps_luminance_and_superresolve_block_means():
     mixed = Colorize().combine(Colorize().measure(images), other)
     assert torch.allclose((mixed * weights).sum(1), (images * weights).sum(1), atol=1e-6)
     blocks = SuperResolve(4).combine(SuperResolve(4).measure(images), other)
-    assert torch.allclose(blocks.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)), images.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)), atol=1e-6)
+    assert torch.allclose(
+        blocks.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)),
+        images.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)),
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -68,7 +72,9 @@ def test_denoise_starts_from_the_measurement_itself():
 
 def test_stroke_adds_noise_of_its_level():
     model, guide, z = random_model(), draws(2, 1, 8, 8), draws(1, 2, 1, 8, 8, seed=1)
-    assert torch.equal(edit(model, Stroke(3.0), guide, [3.0], noises=z, clip_denoised=False), model(guide + 3.0 * z[0], 3.0))
+    assert torch.equal(
+        edit(model, Stroke(3.0), guide, [3.0], noises=z, clip_denoised=False), model(guide + 3.0 * z[0], 3.0)
+    )
 
 
 @given(weight=st.floats(0, 1), seed=st.integers(0, 100))
@@ -77,7 +83,10 @@ def test_slerp_keeps_the_length_and_takes_an_angle_for_each_sample(weight, seed)
     a, b = draws(3, 1, 8, 8, seed=seed), draws(3, 1, 8, 8, seed=seed + 1000)
     mixed = slerp(a, b, weight)
     assert torch.allclose(mixed[:1], slerp(a[:1], b[:1], weight), atol=1e-6)
-    low, high = torch.minimum(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1)), torch.maximum(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1))
+    low, high = (
+        torch.minimum(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1)),
+        torch.maximum(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1)),
+    )
     lengths = mixed.flatten(1).norm(dim=1)
     assert (lengths > 0.97 * low).all() and (lengths < 1.03 * high).all()
 
@@ -99,7 +108,10 @@ def test_noise_of_a_picture_leads_back_to_it():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x: Inpaint(torch.ones(8, 8)).measure(x), r"mask of shape \(8, 8\) does not fit images \(2, 3, 16, 16\)"),
+        (
+            lambda m, x: Inpaint(torch.ones(8, 8)).measure(x),
+            r"mask of shape \(8, 8\) does not fit images \(2, 3, 16, 16\)",
+        ),
         (lambda m, x: Inpaint(torch.full((16, 16), 0.5)), "mask must hold only 0"),
         (lambda m, x: Inpaint(MASK).measure(x / 0), "images must be finite"),
         (lambda m, x: Colorize().measure(x[:, :1]), "Colorize takes images of 3 channels, got 1"),

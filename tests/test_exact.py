@@ -61,9 +61,15 @@ def test_the_denoiser_is_the_best_one():
     [
         (lambda: DatasetDenoiser(torch.tensor([[float("nan")]])), "data must be finite, got 1 NaN"),
         (lambda: DatasetDenoiser(torch.zeros(0, 2)), "at least one item"),
-        (lambda: DatasetDenoiser(torch.zeros(3, 2))(torch.zeros(1, 3), 1.0), r"x must have shape \(B, 2\), got \(1, 3\)"),
+        (
+            lambda: DatasetDenoiser(torch.zeros(3, 2))(torch.zeros(1, 3), 1.0),
+            r"x must have shape \(B, 2\), got \(1, 3\)",
+        ),
         (lambda: DatasetDenoiser(torch.zeros(3, 2))(torch.zeros(1, 2), 0.0), "sigma must be finite and above 0"),
-        (lambda: DatasetDenoiser(torch.zeros(2, 2), torch.zeros(2))(torch.zeros(1, 2), 1.0, torch.tensor([7])), "got 7"),
+        (
+            lambda: DatasetDenoiser(torch.zeros(2, 2), torch.zeros(2))(torch.zeros(1, 2), 1.0, torch.tensor([7])),
+            "got 7",
+        ),
         (lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), -1.0), "stds must be 2 numbers, none negative"),
     ],
 )

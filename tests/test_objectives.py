@@ -18,7 +18,14 @@ from cmlab.objectives import (
 )
 from cmlab.scaling import ConsistencyModel, Denoiser
 
-ALL = [EDM(), ConsistencyDistillation(), ConsistencyTraining(), ImprovedConsistencyTraining(), EasyConsistencyTuning(), ProgressiveDistillation()]
+ALL = [
+    EDM(),
+    ConsistencyDistillation(),
+    ConsistencyTraining(),
+    ImprovedConsistencyTraining(),
+    EasyConsistencyTuning(),
+    ProgressiveDistillation(),
+]
 PAIRED = ALL[1:5]
 
 
@@ -74,7 +81,9 @@ def test_distillation_from_one_image_is_training():
     high, low = torch.full((16,), 3.0), torch.full((16,), 2.0)
     ct = ConsistencyTraining()(student, images, None, noise, high, low)
     for solver in ("euler", "heun", "dpm2"):
-        cd = ConsistencyDistillation(solver=solver, substeps=2)(student, images, None, noise, high, low, teacher=teacher)
+        cd = ConsistencyDistillation(solver=solver, substeps=2)(
+            student, images, None, noise, high, low, teacher=teacher
+        )
         assert torch.allclose(cd, ct, rtol=1e-3)
 
 
@@ -102,7 +111,9 @@ def test_iCT_weighs_by_the_inverse_gap_and_measures_the_whole_vector():
     student, (images, labels, noise) = random_model(), batch()
     high, low = torch.full((16,), 2.0), torch.full((16,), 1.5)
     improved = ImprovedConsistencyTraining()(student, images, labels, noise, high, low)
-    plain = dataclasses.replace(ConsistencyTraining(), distance=PseudoHuber())(student, images, labels, noise, high, low)
+    plain = dataclasses.replace(ConsistencyTraining(), distance=PseudoHuber())(
+        student, images, labels, noise, high, low
+    )
     assert torch.allclose(improved, plain / 0.5)
 
 
@@ -156,7 +167,9 @@ def test_a_model_agrees_with_itself_only_under_a_shared_mask():
     assert l2(student(x, sigma), student(x, sigma)).min() > 1e-6
 
 
-@pytest.mark.parametrize("objective", [ConsistencyDistillation(), ProgressiveDistillation()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "objective", [ConsistencyDistillation(), ProgressiveDistillation()], ids=lambda o: type(o).__name__
+)
 def test_distillation_without_a_teacher_is_refused(objective):
     levels = [v.float() for v in objective.levels(16, 0, 10)]
     with pytest.raises(ValueError, match="needs a teacher, got teacher=None"):

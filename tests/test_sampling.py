@@ -132,7 +132,9 @@ def test_clipping_bounds_what_the_model_says():
 
 
 def test_ternary_search_finds_the_bottom():
-    assert ternary_search(lambda s: (math.log(s) - math.log(0.4)) ** 2, 0.01, 10, calls=40) == pytest.approx(0.4, rel=0.01)
+    assert ternary_search(lambda s: (math.log(s) - math.log(0.4)) ** 2, 0.01, 10, calls=40) == pytest.approx(
+        0.4, rel=0.01
+    )
 
 
 def test_greedy_search_takes_the_best_candidate_of_each_round():

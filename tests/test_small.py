@@ -47,9 +47,15 @@ def test_a_network_can_be_rebuilt_from_its_config():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda net: net(draws(2, 1, 4, 4), torch.zeros(2), torch.zeros(2).long()), r"x must have shape \(2, 1, 8, 8\)"),
+        (
+            lambda net: net(draws(2, 1, 4, 4), torch.zeros(2), torch.zeros(2).long()),
+            r"x must have shape \(2, 1, 8, 8\)",
+        ),
         (lambda net: net(draws(2, 1, 8, 8), torch.zeros(2)), "labels are missing"),
-        (lambda net: net(draws(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 10])), r"labels must lie in 0 … 9, got 10"),
+        (
+            lambda net: net(draws(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 10])),
+            r"labels must lie in 0 … 9, got 10",
+        ),
         (lambda net: net(draws(2, 1, 8, 8), torch.zeros(2), torch.tensor([-1, 0])), "got -1"),
         (lambda net: net(draws(2, 1, 8, 8), torch.zeros(2), torch.zeros(3).long()), r"labels must be \(2,\) integers"),
         (lambda net: random_net()(draws(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long()), "unconditional network"),

@@ -27,7 +27,10 @@ OBJECTIVES = {
 
 
 def losses(recipe, **options):
-    return [r.loss for r in train(recipe, teacher=TEACHER if recipe.objective.needs_teacher else None, device="cpu", **options)]
+    return [
+        r.loss
+        for r in train(recipe, teacher=TEACHER if recipe.objective.needs_teacher else None, device="cpu", **options)
+    ]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
@@ -35,7 +38,12 @@ def losses(recipe, **options):
 def test_a_killed_run_goes_on_bit_for_bit(objective, optimizer, tmp_path):
     recipe = SMALL.replace(objective=objective, optimizer=optimizer)
     uninterrupted = losses(recipe)
-    for step, _ in enumerate(train(recipe, teacher=TEACHER if objective.needs_teacher else None, device="cpu", folder=tmp_path, save_every=5), 1):
+    for step, _ in enumerate(
+        train(
+            recipe, teacher=TEACHER if objective.needs_teacher else None, device="cpu", folder=tmp_path, save_every=5
+        ),
+        1,
+    ):
         if step == 7:  # two steps after the last save
             break
     assert losses(recipe, folder=tmp_path, resume=True) == uninterrupted[5:]
