@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _ROOMS = [
     "batch", "checkpoints", "data", "distances", "editing", "exact", "lessons", "metrics", "models", "noise", "objectives",
-    "ode", "plots", "recipes", "sampling", "scaling", "streams", "training", "widgets",
+    "ode", "pictures", "plots", "recipes", "sampling", "scaling", "streams", "tour", "training", "widgets",
 ]  # fmt: skip
 _HOMES = {
     "ConsistencyModel": "scaling", "Denoiser": "scaling", "RECIPES": "recipes", "Record": "training", "check": "lessons",

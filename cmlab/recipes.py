@@ -88,55 +88,68 @@ FROM_EDM = dict(data="digits", network=DIGITS_NET, init_from="digits-edm", bf16=
 _ALL = [
     Recipe(
         "digits-edm", "digits", FORGETFUL, EDM(**DIGITS), iterations=1500, batch=512, lr=1.5e-3,
+        cost="75 s", expected="35 calls: FD 0.12 to train (real held-out digits: 0.47)",
     ),
     Recipe(
         "digits-cd", objective=ConsistencyDistillation(**DIGITS, **DISTIL), iterations=4000, batch=1024, lr=2e-3, decay=0.6,
         teacher="digits-edm", **FROM_EDM,
+        cost="14 min", expected="FD 0.13 in one call, 0.12 in two (teacher 0.12)",
     ),
     Recipe(
         "digits-cd-short", objective=ConsistencyDistillation(**DIGITS, **DISTIL), iterations=500, batch=1024, lr=2e-3,
         decay=0.6, teacher="digits-edm", **FROM_EDM,
+        cost="2 min", expected="FD about 1.3 x its teacher's in one call",
     ),
     Recipe(
         "digits-ct-short", objective=ConsistencyTraining(**DIGITS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)),
         iterations=600, batch=768, **FROM_EDM,
+        cost="45 s", expected="a coarse one-step model: see lesson 03",
     ),
     Recipe(
         "digits-ict-short", objective=ImprovedConsistencyTraining(**DIGITS, start=10, end=80, distance=PseudoHuber(0.03)),
         iterations=600, batch=768, **FROM_EDM,
+        cost="45 s", expected="see lesson 03",
     ),
     Recipe(
         "digits-ect-short", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)),
         iterations=600, batch=768, **FROM_EDM,
+        cost="45 s", expected="see lesson 03",
     ),
     Recipe(
         "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=150), iterations=750, batch=512,
         teacher="digits-edm", **FROM_EDM,
+        cost="45 s", expected="a one-step model by five halvings: see lesson 03",
     ),
     Recipe(
         "digits-ct", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)), iterations=3000, batch=1024,
         **FROM_EDM,
+        cost="6 min", expected="FD 0.15 in one call, without a teacher in the loss",
     ),
     Recipe(
         "tinted-digits-edm", "tinted-digits", TINTED_NET, EDM(**TINTED, sigmas=LogNormal(-0.8, 1.4)), iterations=3000,
         batch=512, lr=1.2e-3,
+        cost="3 min", expected="the teacher of tinted-digits-cd",
     ),
     Recipe(
         "tinted-digits-cd", "tinted-digits", TINTED_NET, ConsistencyDistillation(**TINTED, **DISTIL), iterations=1300,
         batch=1024, lr=1.5e-3, decay=0.6, teacher="tinted-digits-edm", init_from="tinted-digits-edm",
+        cost="6 min", expected="editing figures: see lesson 05",
     ),
     Recipe(
         "moons-edm", "moons", MOONS_NET, EDM(**MOONS), iterations=1500, batch=384, lr=2e-3, bf16=False,
+        cost="10 s", expected="two moons, sliced Wasserstein about that of real points",
     ),
     Recipe(
         "moons-cd", "moons", MOONS_NET,
         ConsistencyDistillation(**MOONS, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.03)), iterations=1500, batch=384,
         bf16=False,
+        cost="30 s", expected="one call within 1.3 x its teacher's sliced Wasserstein",
     ),
     Recipe(
         "moons-ct", "moons", MOONS_NET,
         ConsistencyTraining(**MOONS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)), iterations=1500, batch=384,
         bf16=False,
+        cost="15 s", expected="two moons without a teacher",
     ),
 ]  # fmt: skip
 RECIPES = {recipe.name: recipe for recipe in _ALL}

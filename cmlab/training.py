@@ -76,11 +76,10 @@ def train(
     begun = time.perf_counter()
     while run.step < recipe.iterations:
         loss, grad_norm, lr = run.advance(folder)
-        done = run.step == recipe.iterations
+        done, seconds = run.step == recipe.iterations, time.perf_counter() - begun
+        model = run.finish(folder, seconds) if done else None  # before the state: a cut between the two repeats a step
         if folder is not None and (done or run.step % whole("save_every", save_every) == 0):
             run.save(folder)
-        seconds = time.perf_counter() - begun
-        model = run.finish(folder, seconds) if done else None
         scales, mu = (f(run.step - 1, recipe.iterations) for f in (recipe.objective.scales, recipe.objective.mu))
         yield Record(run.step, recipe.iterations, loss, lr, grad_norm, scales, mu, seconds, model)
 
