@@ -14,7 +14,7 @@ SERIES = [
     "04_evaluation", "05_editing",
 ]  # fmt: skip
 LESSONS = [FOLDER / f"{name}.ipynb" for name in SERIES]
-SOLUTIONS = [FOLDER / "solutions" / f"{name}_solution.ipynb" for name in SERIES[1:]]
+SOLUTIONS = [FOLDER / "solutions" / f"{name}_solution.ipynb" for name in SERIES]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
