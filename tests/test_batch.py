@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -133,7 +134,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
     assert [job["status"] for job in state["jobs"]] == ["done", "interrupted", "waiting"]
     assert state["jobs"][0]["results"]["one_step_fd"] == 0.25
     assert "cmlab tour --resume run" in (tmp_path / "run" / "index.html").read_text()
-    assert not alive(int(pid.read_text())), "the kernel must not outlive the tour"
+    wait_until_gone(int(pid.read_text()))  # the kernel must not outlive the tour
 
 
 def start_cmlab(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -144,6 +145,14 @@ sys.exit(cmlab.cli.main())"""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+
+
+def wait_until_gone(pid: int, seconds: float = 20) -> None:
+    """A process that was told to end does so soon after its parent, not in the same instant."""
+    deadline = time.monotonic() + seconds
+    while alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there after {seconds} s"
+        time.sleep(0.05)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
