@@ -216,7 +216,7 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
 
 @dataclass(frozen=True)
 class EasyConsistencyTuning(ConsistencyTraining):
-    """ECT, Geng et al. (2024): levels are continuous; the gap closes from (nearly) all of sigma, where the loss is EDM's, to nothing.
+    """ECT, Geng et al. (2024): levels are continuous; the gap closes from all of sigma (half of it at high levels) to 1/q^stages.
 
     At stage a = 0, 1, … (stages of equal length) low = high (1 - n(high) / q^(a + 1)) with n(t) = 1 + k sigmoid(-b t),
     never below sigma_min. Start it from an EDM model.

@@ -51,7 +51,7 @@ def get_solver(name: str) -> Callable:
 
 
 def trajectory(denoiser, x: Tensor, sigmas, labels: Tensor | None = None, step=heun_step) -> Iterator[Tensor]:
-    """Yields x at every level of sigmas (descending, above 0), beginning with the x given, which lies at sigmas[0]."""
+    """Yields x at every level of sigmas (above 0, in either direction), beginning with the x given, which lies at sigmas[0]."""
     yield x
     levels = [float(s) for s in sigmas]
     for sigma, next_sigma in zip(levels, levels[1:], strict=False):

@@ -83,7 +83,7 @@ TINTED = dict(sigma_min=0.002, sigma_max=40.0)
 MOONS_NET = dict(name="mlp", shape=[2], width=128, depth=3, embedding=64)
 MOONS = dict(sigma_min=0.002, sigma_max=10.0)
 DISTIL = dict(num_scales=6, substeps=2, mu_0=0.95, distance=PseudoHuber(0.03))
-FROM_EDM = dict(data="digits", network=DIGITS_NET, init_from="digits-edm", bf16=True)
+FROM_EDM = dict(data="digits", network=DIGITS_NET, init_from="digits-edm")
 
 _ALL = [
     Recipe(
@@ -118,7 +118,7 @@ _ALL = [
     Recipe(
         "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=150), iterations=750, batch=512,
         teacher="digits-edm", **FROM_EDM,
-        cost="45 s", expected="a one-step model by five halvings: see lesson 03",
+        cost="45 s", expected="a one-step model by three halvings: see lesson 03",
     ),
     Recipe(
         "digits-ct", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)), iterations=3000, batch=1024,

@@ -77,6 +77,8 @@ def _last(states: Iterator[State], callback: Callable[[State], None] | None) -> 
 
 def _churned(x, sigma, steps, s_churn, s_tmin, s_tmax, s_noise, draw, k):
     """Karras et al. (2022), algorithm 2, lines 4-6: raise the noise level a little with fresh noise. Returns (x, sigma_hat)."""
+    if not (s_churn >= 0 and s_noise >= 0):
+        raise ValueError(f"s_churn and s_noise must be at least 0, got {s_churn} and {s_noise}")
     gamma = min(s_churn / steps, 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
     if gamma == 0:
         return x, sigma
@@ -279,6 +281,8 @@ def sample_ts(
     whole("steps", steps, 2)
     if len(ts) < 2 or list(ts) != sorted(set(ts)) or ts[0] < 0 or ts[-1] > steps - 1:
         raise ValueError(f"ts must be two or more increasing indices in 0 … {steps - 1}, got {tuple(ts)}")
+    if noises is not None:
+        same_shape("noises", noises, (len(ts) - 1, *noise.shape))
     sigmas = karras_sigmas(steps, model.sigma_min, model.sigma_max, rho)[list(ts)].tolist()
     inner = None if noises is None else noises[: len(ts) - 2]
     x = sample_multistep(model, noise, sigmas[:-1], labels, inner, generator, clip_denoised)

@@ -69,8 +69,11 @@ def train(
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     run = Run(recipe, data or load_data(recipe.data), teacher, device, recipe.seed if seed is None else seed)
+    whole("save_every", save_every)
     if resume:
         run.restore(folder)
+        if run.step >= recipe.iterations:
+            raise ValueError(f"{folder} holds a finished run; its model is {Path(folder) / 'model'}")
     elif folder is not None:
         run.save(folder)  # an unwritable folder is found out now, not after an hour
     begun = time.perf_counter()
@@ -78,7 +81,7 @@ def train(
         loss, grad_norm, lr = run.advance(folder)
         done, seconds = run.step == recipe.iterations, time.perf_counter() - begun
         model = run.finish(folder, seconds) if done else None  # before the state: a cut between the two repeats a step
-        if folder is not None and (done or run.step % whole("save_every", save_every) == 0):
+        if folder is not None and (done or run.step % save_every == 0):
             run.save(folder)
         scales, mu = (f(run.step - 1, recipe.iterations) for f in (recipe.objective.scales, recipe.objective.mu))
         yield Record(run.step, recipe.iterations, loss, lr, grad_norm, scales, mu, seconds, model)
@@ -92,6 +95,8 @@ class Run:
         self.accelerator = Accelerator(cpu=device == "cpu")
         if device is not None and torch.device(device).type != self.accelerator.device.type:
             raise ValueError(f"device {device!r} was asked for, this process runs on {self.accelerator.device}")
+        if recipe.batch % self.accelerator.num_processes:
+            raise ValueError(f"batch {recipe.batch} does not divide over {self.accelerator.num_processes} processes")
         student = self._new_student()
         teacher = teacher or (checkpoints.load(recipe.teacher) if recipe.teacher else None)
         if isinstance(teacher, nn.Module):  # an exact denoiser is a plain function
@@ -144,10 +149,10 @@ class Run:
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
         self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
         if self.target is not None:
-            self.target.update_parameters(self.accelerator.unwrap_model(self.student))
+            self.target.update_parameters(self.accelerator.unwrap_model(self.student))  # with this step's mu(k)
+        self.step += 1
         return float(self.accelerator.reduce(loss.detach(), "mean")), float(norm), lr
 
     def _losses(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -175,8 +180,9 @@ class Run:
         noise = randn(tuple(images.shape), generator)
         levels = self.recipe.objective.levels(n, self.step, self.recipe.iterations, generator)
         mine = slice(rank * n // ranks, (rank + 1) * n // ranks)
+        levels = [v.float() for v in levels]  # before they move: some devices know no float64
         move = [None if t is None else t[mine].to(self.accelerator.device) for t in (images, labels, noise, *levels)]
-        return move[0], move[1], move[2], [t.float() for t in move[3:]]
+        return move[0], move[1], move[2], move[3:]
 
     def _number(self, stream: int) -> int:
         return (self.seed * 1_000_003 + self.step) * 1_009 + stream
@@ -195,7 +201,7 @@ class Run:
     def _check_finite(self, losses: Tensor, levels, folder: str | Path | None) -> None:
         if torch.isfinite(losses).all():
             return
-        where = levels[0][~torch.isfinite(losses[: len(levels[0])])].tolist()[:3]
+        where = self.accelerator.gather(levels[0])[~torch.isfinite(losses)].tolist()[:3]
         state = None if folder is None else Path(folder) / "state.pt"
         last = (
             f"the last good checkpoint is {state}" if state and state.exists() else "no checkpoint was kept (no folder)"
@@ -231,7 +237,8 @@ class Run:
                 f"{path} cannot be read as a training state ({type(error).__name__}); is it cut off?"
             ) from error
         mine = json.loads(json.dumps(self.recipe.describe()))
-        differs = [k for k, v in state["recipe"].items() if mine.get(k) != json.loads(json.dumps(v))]
+        told = ("cost", "expected")  # prose
+        differs = [k for k, v in state["recipe"].items() if k not in told and mine.get(k) != json.loads(json.dumps(v))]
         if differs or state["seed"] != self.seed:
             raise ValueError(f"{path} belongs to another run: {', '.join(differs) or 'seed'} differ")
         self.step = state["step"]

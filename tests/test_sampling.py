@@ -116,7 +116,8 @@ def test_the_last_multistep_state_is_the_result():
 
 def test_churn_draws_noise_and_none_is_deterministic():
     noise = draws(64, 2)
-    assert torch.equal(sample_heun(DATA, noise, SIGMAS), sample_heun(DATA, noise, SIGMAS, s_churn=0))
+    first, second = (sample_heun(DATA, noise, SIGMAS, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    assert torch.equal(first, second)
     churned = sample_heun(DATA, noise, SIGMAS, s_churn=10, generator=torch.Generator().manual_seed(0))
     assert (churned - sample_heun(DATA, noise, SIGMAS)).abs().max() > 0.1
 
@@ -153,6 +154,8 @@ def test_greedy_search_takes_the_best_candidate_of_each_round():
         (lambda m, z: sample_multistep(m, z, [80.0, 1.0], noises=z), r"noises must have shape \(1, 2, 1, 8, 8\)"),
         (lambda m, z: sample_multistep(m, z, [80.0, 0.001]), "sigma must be at least sigma_min = 0.002, got 0.001"),
         (lambda m, z: sample_ts(m, z, [0, 50], 40), r"increasing indices in 0 … 39, got \(0, 50\)"),
+        (lambda m, z: sample_heun(m, z, [1.0], s_churn=-1), "s_churn and s_noise must be at least 0, got -1"),
+        (lambda m, z: sample_ts(m, z, [0, 10, 39], noises=z[None]), r"noises must have shape \(2, 2, 1, 8, 8\)"),
         (lambda m, z: sample_onestep(m, z.int()), "noise must be a floating-point tensor"),
         (lambda m, z: sample_onestep(m, z[:, :, :4]), r"x must have shape \(2, 1, 8, 8\), got \(2, 1, 4, 8\)"),
         (lambda m, z: search_sigmas(len, 4, 1.0, [0.5]), "steps need more or lower candidates"),

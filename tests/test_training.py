@@ -134,6 +134,8 @@ def test_bad_resumes_are_refused(tmp_path):
     list(train(SMALL, device="cpu", folder=tmp_path))
     with pytest.raises(ValueError, match="belongs to another run: lr differ"):
         next(train(SMALL.replace(lr=5e-4), device="cpu", folder=tmp_path, resume=True))
+    with pytest.raises(ValueError, match="holds a finished run; its model is"):
+        next(train(SMALL, device="cpu", folder=tmp_path, resume=True))
     path = tmp_path / "state.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a training state.*cut off"):
