@@ -26,9 +26,9 @@ def l2(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PseudoHuber:
-    """sqrt(|a - b|^2 + c^2) - c over the *whole vector*: Song & Dhariwal (2023, iCT), eq. 7.
+    """sqrt(|a - b|^2 + c^2) - c over the *whole vector*: Song & Dhariwal (2023, iCT), sec. 3.3.
 
-    c=None takes their c = 0.00054 sqrt(d), d the number of elements (sec. 3.3). Taken per element with that c, as some
+    c=None takes their c = 0.00054 sqrt(d), d the number of elements. Taken per element with that c, as some
     implementations do, it would be plain L2 for all but the largest errors.
     """
 

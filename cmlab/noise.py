@@ -86,7 +86,7 @@ def scales_sqrt(step: int, total: int, start: int = 2, end: int = 150) -> int:
 
 
 def scales_doubling(step: int, total: int, start: int = 10, end: int = 1280) -> int:
-    """N(k) of Song & Dhariwal (2023, iCT), eq. 10: start, 2 start, 4 start … up to end, in stages of equal length, plus 1.
+    """N(k) of Song & Dhariwal (2023, iCT), sec. 3.4: start, 2 start, 4 start … up to end, in stages of equal length, plus 1.
 
     Raises ValueError unless 0 <= step <= total and 1 <= start <= end.
     """
@@ -154,7 +154,7 @@ def uniform_index(n: int, scales: int, generator=None) -> Tensor:
 
 
 def lognormal_index(n: int, sigmas: Tensor, mean: float = -1.1, std: float = 2.0, generator=None) -> Tensor:
-    """n indices of intervals, distributed as a log-normal cut at the grid's levels. Song & Dhariwal (2023, iCT), eq. 11.
+    """n indices of intervals, distributed as a log-normal cut at the grid's levels. Song & Dhariwal (2023, iCT), sec. 3.5.
 
     sigmas (N,) descending; interval i lies between sigmas[i] and sigmas[i + 1] and gets the mass of N(mean, std^2) between their logs.
     """
@@ -178,7 +178,7 @@ def weighting(name: str, sigma: Tensor, sigma_data: float = 0.5, lower: Tensor |
     """The loss weight at each noise level: same shape as sigma.
 
     "uniform", "snr" (sigma^-2), "snr+1", "karras" (1/sigma^2 + 1/sigma_data^2: Karras et al. 2022, table 1), "truncated-snr", or
-    "inverse-gap", 1/(sigma - lower), which needs the lower level of each pair (Song & Dhariwal 2023, eq. 12).
+    "inverse-gap", 1/(sigma - lower), which needs the lower level of each pair (Song & Dhariwal 2023, sec. 3.1).
     """
     known("weighting", name, [*WEIGHTINGS, "inverse-gap"])
     if name == "inverse-gap":
