@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import TimeoutError, sync_playwright
+from playwright.sync_api import sync_playwright
 from test_batch import PICTURE, PUBLISH, wait_for, write_notebook
 
 from cmlab.tour import run_tour
@@ -163,39 +163,50 @@ def lab(tmp_path_factory):
     server.wait()
 
 
-SESSION_READY = """async () => {
+CONNECTED = """async () => {
   const sessions = await (await fetch('/api/sessions')).json();
   return sessions.some(s => s.kernel.connections > 0 && s.kernel.execution_state === 'idle');
 }"""
+IDLE = (
+    """() => document.querySelector('.jp-NotebookPanel .jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"""
+)
 PROMPTS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
   .map(prompt => prompt.textContent).filter(text => text.includes('['))"""
 
 
 def test_a_readers_slider_redraws_the_figure_in_jupyterlab(lab, open_page):
     page = open_page(f"{lab}/lab/tree/lesson.ipynb?token={TOKEN}&reset", width=1400)
-    page.set_default_timeout(90_000)
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    page.wait_for_function(SESSION_READY)
+    until(page, lambda: page.evaluate(CONNECTED), "the page must be connected to its kernel")
+    until(page, lambda: page.evaluate(IDLE), "the kernel must be idle")
     run_all(page)
     page.get_by_text("all done", exact=True).wait_for()
     figure = page.locator("img[alt='one bar, as high as the slider says']")
-    before = figure.get_attribute("src")
+    low = ink(figure)
     drag(page, page.locator(".widget-slider").first, 0.9)
-    page.wait_for_function("old => document.querySelector(\"img[alt^='one bar']\").src !== old", arg=before)
-    low, high = (pixels(base64.b64decode(source.split(",")[1])) for source in (before, figure.get_attribute("src")))
-    assert (high < 200).sum() > 2 * (low < 200).sum(), "a higher bar is more ink"
+    until(page, lambda: ink(figure) > 2 * low, "a higher bar is more ink")
     assert page.outside == []
 
 
+def until(page, holds, reason: str, seconds: float = 90) -> None:
+    """Waits for holds() to be true. (page.wait_for_function takes the promise of an async function for a yes.)"""
+    for _ in range(int(seconds * 5)):
+        if holds():
+            return
+        page.wait_for_timeout(200)
+    raise AssertionError(reason)
+
+
+def ink(figure) -> int:
+    """The number of dark pixels of an embedded picture."""
+    return int((pixels(base64.b64decode(figure.get_attribute("src").split(",")[1])) < 200).sum())
+
+
 def run_all(page) -> None:
-    """Runs all cells from the menu, as a reader does: once more if the page was not connected yet and did nothing at all."""
-    for _ in range(5):
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.locator('li.lm-Menu-item[data-command="runmenu:run-all"]').click()
-        with contextlib.suppress(TimeoutError):
-            page.wait_for_function(f"() => ({PROMPTS})().some(text => /[*0-9]/.test(text))", timeout=5000)
-            break
-    page.wait_for_function(f"() => ({PROMPTS})().every(text => /[0-9]/.test(text))")
+    """Runs all cells from the menu, as a reader does."""
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.locator('li.lm-Menu-item[data-command="runmenu:run-all"]').click()
+    until(page, lambda: all(re.search("[0-9]", text) for text in page.evaluate(PROMPTS)), "every cell must have run")
 
 
 def drag(page, slider, fraction: float) -> None:
