@@ -78,7 +78,15 @@ def _packages() -> Iterator[Finding]:
         return
     yield Finding("ok", "CUDA build", torch.version.cuda or "none: a CPU build")
     yield Finding("ok", "threads", str(torch.get_num_threads()))
+    yield _bf16(torch)
     yield _gpu(torch)
+
+
+def _bf16(torch) -> Finding:
+    from cmlab.training import multiplies_bf16
+
+    fast = multiplies_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Finding("ok", "bfloat16", "used in training" if fast else "emulated here: training computes in float32")
 
 
 def _gpu(torch) -> Finding:

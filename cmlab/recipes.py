@@ -21,7 +21,7 @@ from cmlab.objectives import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a training run is made of. batch is the global one, over all processes.
+    """All that a training run is made of. batch is the global one, over all processes; bf16 takes effect where the device has it.
 
     The learning rate warms up over warmup steps, stays, and falls to zero over the last decay share of the run. ema is the
     decay of the averaged weights that are kept; clip the largest gradient norm. teacher and init_from name saved models.

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cmlab.noise import LogNormal
 from cmlab.objectives import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmlab.recipes import RECIPES, Recipe, get_recipe
 from cmlab.scaling import ConsistencyModel, Denoiser
-from cmlab.training import Run, TrainingDiverged, train
+from cmlab.training import Run, TrainingDiverged, multiplies_bf16, train
 
 NET = dict(name="mlp", shape=[1, 8, 8], width=16, depth=1, num_classes=10, dropout=0.2, embedding=16)
 SMALL = Recipe("small", "digits", NET, EDM(sigma_max=20.0), iterations=12, batch=32, warmup=2, bf16=False)
@@ -178,3 +179,14 @@ def test_recipes_are_named_described_and_checked():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "has, used", [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx2": True}, False)]
+)
+def test_bfloat16_is_left_alone_on_a_cpu_that_would_emulate_it(monkeypatch, has, used):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert multiplies_bf16(torch.device("cpu")) == used
+    with mock.patch("torch.autocast", wraps=torch.autocast) as autocast:
+        next(train(SMALL.replace(bf16=True)))
+    assert {call.kwargs["enabled"] for call in autocast.call_args_list} == {used}
