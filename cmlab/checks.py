@@ -15,9 +15,14 @@ def known(argument: str, value: str, options: Iterable[str]) -> str:
     options = list(options)
     if value in options:
         return value
-    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4)
+    raise ValueError(unknown(argument, value, options))
+
+
+def unknown(what: str, value: str, options: Iterable[str]) -> str:
+    """The message for a name that is not there, with the nearest that is."""
+    near = difflib.get_close_matches(str(value), list(options), n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {argument} {value!r}.{hint} Known: {', '.join(options)}")
+    return f"unknown {what} {value!r}.{hint} Known: {', '.join(options)}"
 
 
 def whole(argument: str, value: int, least: int = 1) -> int:

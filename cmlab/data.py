@@ -95,10 +95,11 @@ def tint(digits: Tensor, generator: torch.Generator) -> Tensor:
 
 def _colour_pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     luminance = torch.tensor([0.2989, 0.5870, 0.1140])
-    colours = torch.rand(n, 64, 2, 3, generator=generator) * 2 - 1  # 64 tries a picture: some pair is far enough apart
+    colours = torch.rand(n, 64, 2, 3, generator=generator) * 2 - 1  # 64 tries a picture
     apart = ((colours[:, :, 0] - colours[:, :, 1]) @ luminance).abs() > 0.8  # (n, 64)
-    first = apart.float().argmax(1)
-    pair = colours[torch.arange(n), first]  # (n, 2, 3)
+    if not apart.any(1).all():  # one picture in thirty thousand
+        return _colour_pairs(n, generator)
+    pair = colours[torch.arange(n), apart.float().argmax(1)]  # (n, 2, 3): the first pair that is far enough apart
     return pair[:, 0].reshape(n, 3, 1, 1), pair[:, 1].reshape(n, 3, 1, 1)
 
 

@@ -75,7 +75,12 @@ class LPIPS:
         return distance
 
 
-BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
+MODELS = "https://download.pytorch.org/models"
+BACKBONES = {
+    "vgg": f"{MODELS}/vgg16-397923af.pth",
+    "alex": f"{MODELS}/alexnet-owt-7be5be79.pth",
+    "squeeze": f"{MODELS}/squeezenet1_1-b8a52dc0.pth",
+}
 
 
 def load_lpips(net: str = "vgg"):
@@ -88,8 +93,8 @@ def load_lpips(net: str = "vgg"):
     except OSError as error:  # URLError and HTTPError are OSErrors
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise FileNotFoundError(
-            f"LPIPS needs the backbone {BACKBONES[net]}, which is not in {folder} and could not be fetched ({error}). "
-            f"Fetch https://download.pytorch.org/models/{BACKBONES[net]} on a machine with internet and put it there."
+            f"LPIPS needs the {net} backbone, which is not in {folder} and could not be fetched ({error}). "
+            f"Fetch {BACKBONES[net]} on a machine with internet and put it there."
         ) from error
     return network.eval().requires_grad_(False)
 

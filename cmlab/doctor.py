@@ -141,9 +141,8 @@ def _optional() -> Iterator[Finding]:
             found or "not installed",
             "" if found else f"for {use}: pip install {package}",
         )
-    yield _weights("inception weights", "weights-inception-2015-12-05-6726825d.pth", "FID on real images",
-                   "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/")  # fmt: skip
-    yield _weights("lpips weights", "vgg16-397923af.pth", "the LPIPS distance", "https://download.pytorch.org/models/")
+    yield _weights("inception weights", "FID on real images")
+    yield _weights("lpips weights", "the LPIPS distance")
     clone = Path(__file__).parents[1] / "consistency_models"
     advice = "to compare with the original code in the tests: bash installations.sh --with-reference"
     there = (clone / "cm").is_dir()
@@ -157,13 +156,16 @@ def _command(name: str, programs: list[str], variable: str, advice: str) -> Find
     return Finding("ok" if found else "missing", name, found or "none", "" if found else advice)
 
 
-def _weights(name: str, file: str, use: str, address: str) -> Finding:
+def _weights(name: str, use: str) -> Finding:
     """Weights that libraries keep in torch's hub folder."""
     if importlib.util.find_spec("torch") is None:
         return Finding("missing", name, "no torch to keep them", SETUP)
     import torch
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    from cmlab import distances, metrics
+
+    address = {"inception weights": metrics.INCEPTION, "lpips weights": distances.BACKBONES["vgg"]}[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
     if path.exists():
         return Finding("ok", name, str(path))
-    return Finding("missing", name, "not here", f"for {use}: fetch {address}{file} and put it into {path.parent}")
+    return Finding("missing", name, "not here", f"for {use}: fetch {address} and put it into {path.parent}")

@@ -28,8 +28,8 @@ class Task:
         """P images: the part that the measurement fixes, (B, C, H, W). Default: nothing."""
         return torch.zeros_like(images)
 
-    def measure(self, images: Tensor) -> Tensor:
-        """The measurement y of images (B, C, H, W): image-shaped."""
+    def measure(self, images: Tensor, generator=None) -> Tensor:
+        """The measurement y of images (B, C, H, W): image-shaped. generator draws its noise, where it has any."""
         self.check(finite("images", images))
         return self.project(images)
 
@@ -66,7 +66,7 @@ class Inpaint(Task):
     def project(self, images: Tensor) -> Tensor:
         return self.mask.to(images) * images
 
-    def measure(self, images: Tensor) -> Tensor:
+    def measure(self, images: Tensor, generator=None) -> Tensor:
         """The images with the unknown pixels at -1, as the released code shows them."""
         self.check(finite("images", images))
         return self.combine(images, -torch.ones_like(images))
@@ -145,7 +145,7 @@ class Denoise(_FromLevel):
 class Stroke(_FromLevel):
     """Turn a rough painting into a picture (SDEdit, Meng et al. 2021): noise it to sigma, then go down. Low sigma keeps more of it."""
 
-    def measure(self, images: Tensor) -> Tensor:
+    def measure(self, images: Tensor, generator=None) -> Tensor:
         """The painting itself: the guide needs no operator."""
         self.check(finite("images", images))
         return images

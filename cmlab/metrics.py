@@ -239,7 +239,9 @@ def _classifier(name: str, device: str | None) -> Callable[[Tensor], Features]:
     return lambda images: _seen(model, _images(images), 1024, device)
 
 
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 
 
 def _inception(device: str | None) -> Callable[[Tensor], Features]:
@@ -250,9 +252,8 @@ def _inception(device: str | None) -> Callable[[Tensor], Features]:
     except OSError as error:
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise FileNotFoundError(
-            f"FID needs Inception's weights {INCEPTION}, which are not in {folder} and could not be fetched ({error}). "
-            f"Fetch https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION} "
-            f"on a machine with internet and put it there."
+            f"FID needs Inception's weights, which are not in {folder} and could not be fetched ({error}). "
+            f"Fetch {INCEPTION} on a machine with internet and put it there."
         ) from error
 
     def extract(images: Tensor) -> Features:

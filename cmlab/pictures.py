@@ -120,13 +120,13 @@ def edit_picture(
     classes = _edit_labels(model, [label if label is not None else own for _, own in read])
     if task == "interpolate":
         return _between(model, pictures, classes, denoiser, whole("num", num), whole("steps", steps))
+    if task in ("denoise", "stroke") and not model.sigma_min < sigma <= model.sigma_max:
+        raise ValueError(
+            f"sigma must lie above {model.sigma_min:g}, up to the model's {model.sigma_max:g}, got {sigma:g}"
+        )
     operator = _operator(task, pictures, mask, factor, sigma)
     stream = get_generator("determ-indiv", whole("num", num), seed)
-    measured = (
-        operator.measure(pictures, torch.Generator().manual_seed(seed))
-        if task == "denoise"
-        else operator.measure(pictures)
-    )
+    measured = operator.measure(pictures, torch.Generator().manual_seed(seed))
     start = sigma if task in ("denoise", "stroke") else model.sigma_max
     results = editing.edit(
         model, operator, measured.repeat(num, 1, 1, 1), levels_for(model, whole("steps", steps), start),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cmlab.checks import finite, known, same_shape, whole
 from cmlab.noise import karras_sigmas
+from cmlab.ode import dpm2_step, euler_step, heun_step
 from cmlab.streams import randn_like
 
 
@@ -99,11 +100,7 @@ def heun_states(
         x, sigma_hat = _churned(x, sigma, len(levels), s_churn, s_tmin, s_tmax, s_noise, draw, k)
         denoised = model(x, sigma_hat, labels)
         yield State(k, sigma_hat, x, denoised)
-        d, gap = (x - denoised) / sigma_hat, next_sigma - sigma_hat
-        ahead = x + gap * d
-        if next_sigma > 0:
-            d = (d + (ahead - model(ahead, next_sigma, labels)) / next_sigma) / 2
-        x = x + gap * d
+        x = heun_step(model, x, sigma_hat, next_sigma, labels, denoised)
     return x
 
 
@@ -129,7 +126,7 @@ def euler_states(denoiser, noise, sigmas, labels=None, clip_denoised=False) -> I
     for k, (sigma, next_sigma) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
         denoised = model(x, sigma, labels)
         yield State(k, sigma, x, denoised)
-        x = x + (next_sigma - sigma) * (x - denoised) / sigma
+        x = euler_step(model, x, sigma, next_sigma, labels, denoised)
     return x
 
 
@@ -151,9 +148,7 @@ def dpm_states(
         x, sigma_hat = _churned(x, sigma, len(levels), s_churn, s_tmin, s_tmax, s_noise, draw, k)
         denoised = model(x, sigma_hat, labels)
         yield State(k, sigma_hat, x, denoised)
-        middle = ((sigma_hat ** (1 / 3) + next_sigma ** (1 / 3)) / 2) ** 3
-        halfway = x + (middle - sigma_hat) * (x - denoised) / sigma_hat
-        x = x + (next_sigma - sigma_hat) * (halfway - model(halfway, middle, labels)) / middle
+        x = dpm2_step(model, x, sigma_hat, next_sigma, labels, denoised)
     return x
 
 
@@ -189,7 +184,7 @@ def ancestral_states(
         denoised = model(x, sigma, labels)
         yield State(k, sigma, x, denoised)
         down, up = ancestral_step(sigma, next_sigma)
-        x = x + (down - sigma) * (x - denoised) / sigma
+        x = euler_step(model, x, sigma, down, labels, denoised)
         if up > 0:
             x = x + up * draw(k, x)
     return x
@@ -213,7 +208,7 @@ def progressive_states(denoiser, noise, sigmas, labels=None, clip_denoised=False
     for k, (sigma, next_sigma) in enumerate(zip(levels, levels[1:], strict=False)):
         denoised = model(x, sigma, labels)
         yield State(k, sigma, x, denoised)
-        x = x + (next_sigma - sigma) * (x - denoised) / sigma
+        x = euler_step(model, x, sigma, next_sigma, labels, denoised)
     return x
 
 

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from cmlab.checks import floating, positive, sigma_range
 
 
+def level_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which noise levels are kept beside x: float32, or float64 beside a float64 x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def per_image(sigma: Tensor | float, x: Tensor) -> Tensor:
     """sigma as (B, 1, …, 1), one level an image, in float32 (float64 for a float64 x) whatever the precision of x.
 
@@ -15,8 +20,7 @@ def per_image(sigma: Tensor | float, x: Tensor) -> Tensor:
     and above 0 (looked at on the CPU only: on a GPU the check would wait for the device).
     """
     floating("x", x)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sigma = torch.as_tensor(sigma, device=x.device).to(dtype)
+    sigma = torch.as_tensor(sigma, dtype=level_dtype(x), device=x.device)
     if sigma.ndim == 0:
         sigma = sigma.expand(x.shape[0])
     if tuple(sigma.shape) != (x.shape[0],):
@@ -35,9 +39,7 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
 def boundary_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in of Song et al. (2023), app. C: c_skip = 1 and c_out = 0 exactly at sigma_min."""
     above, total = sigma - sigma_min, sigma**2 + sigma_data**2
-    c_skip = 1 / (
-        1 + (above / sigma_data) ** 2
-    )  # written so that it is 1 exactly, whatever sigma_data, in floating point too
+    c_skip = 1 / (1 + (above / sigma_data) ** 2)  # in this form exactly 1 at sigma_min, whatever sigma_data
     c_out = above * sigma_data / total.sqrt()  # zero at sigma_min: the network cannot move x there
     return c_skip, c_out, 1 / total.sqrt()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import itertools
 import re
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmlab.batch import CELL_TIMEOUT, Job, RunFolder, free_name, title_of, usable_folder
+from cmlab.checks import unknown
 from cmlab.lessons import fast_mode
 
 
@@ -35,12 +35,6 @@ def find_lessons(only: Iterable[str] = (), folder: Path | None = None) -> list[P
             raise ValueError(unknown("lesson", wanted, [path.stem for path in found]))
         chosen += match
     return sorted(set(chosen)) or found
-
-
-def unknown(what: str, value: str, options: list[str]) -> str:
-    """The message for a name that is not there, with the nearest that is."""
-    near = difflib.get_close_matches(value, options, 1, 0.4)
-    return f"unknown {what} {value!r}.{f' Did you mean {near[0]!r}?' if near else ''} Known: {', '.join(options)}"
 
 
 def run_tour(
