@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmlab import checkpoints, editing, plots, sampling
-from cmlab.checks import known, positive, whole
+from cmlab.checks import known, whole
 from cmlab.data import load_data
 from cmlab.noise import karras_sigmas
 from cmlab.scaling import ConsistencyModel, Denoiser
@@ -183,7 +183,7 @@ def _operator(task: str, pictures: Tensor, mask: str, factor: int, sigma: float)
         return editing.SuperResolve(factor)
     if task == "colorize":
         return editing.Colorize()
-    return {"denoise": editing.Denoise, "stroke": editing.Stroke}[task](positive("sigma", sigma))
+    return {"denoise": editing.Denoise, "stroke": editing.Stroke}[task](sigma)
 
 
 def read_mask(name: str, height: int, width: int) -> Tensor:
