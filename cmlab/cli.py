@@ -50,7 +50,8 @@ def _jupyter_lab(folder: Path) -> int:
     import subprocess
 
     start = next(iter(sorted(folder.glob("00_*.ipynb"))), folder)
-    return subprocess.call([sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={folder}", str(start)])
+    command = [sys.executable, "-m", "jupyter", "lab", "--ip=127.0.0.1", f"--ServerApp.root_dir={folder}", str(start)]
+    return subprocess.call([*command, "--allow-root"])  # rented machines have no other user
 
 
 def _finish(run, open_page: bool = False) -> int:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,13 +138,18 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path):
     wait_until_gone(int(pid.read_text()))  # the kernel must not outlive the tour
 
 
-def start_cmlab(folder: Path, *arguments: str) -> subprocess.Popen:
+def start_cmlab(folder: Path, *arguments: str, **options) -> subprocess.Popen:
     """The command line as a process of its own, in a folder whose notebooks/ is the series."""
     code = """import sys, cmlab.tour, cmlab.cli
 cmlab.tour.__file__ = "/none/cmlab/tour.py"  # as if installed: then the working folder's notebooks are the series
 sys.exit(cmlab.cli.main())"""
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
     )
 
 
@@ -387,3 +393,34 @@ def test_durations_read_as_a_person_says_them():
 
 def test_numbers_are_shown_with_four_digits_that_count():
     assert [readable(value) for value in (0.123456, 35.0, 12345.6, "seed 0")] == ["0.1235", "35", "12,346", "seed 0"]
+
+
+# --- what a tour opens ----------------------------------------------------------------------------------------------
+
+
+def browser(folder: Path) -> dict[str, str]:
+    """An environment whose web browser writes the page it is told to open into <folder>/opened."""
+    program = folder / "browser"
+    program.write_text(f"#!/bin/sh\necho \"$1\" > '{folder}/asked'\ncp \"${{1#file://}}\" '{folder}/opened'\n")
+    program.chmod(0o755)
+    return os.environ | {"BROWSER": f"{program} %s", "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
+
+
+def test_open_shows_the_page_in_the_browser(tmp_path):
+    write_notebook(tmp_path / "notebooks" / "00_start.ipynb", PUBLISH)
+    process = start_cmlab(tmp_path, "tour", "--output", "run", "--open", env=browser(tmp_path))
+    assert process.communicate()[0] and process.returncode == 0
+    assert (tmp_path / "asked").read_text().strip() == (tmp_path / "run" / "index.html").as_uri()
+
+
+def test_lab_starts_at_the_first_lesson_for_this_machine_only(tmp_path):
+    write_notebook(tmp_path / "notebooks" / "00_start.ipynb", PUBLISH)
+    process = start_cmlab(tmp_path, "tour", "--lab", env=browser(tmp_path), start_new_session=True)
+    opened = tmp_path / "opened"
+    try:
+        wait_for(lambda: opened.exists() and "</html>" in opened.read_text(), process)
+        address = re.search(r"http://[^\"?]+", opened.read_text()).group()
+        assert re.fullmatch(r"http://(127\.0\.0\.1|localhost):\d+/lab/tree/00_start\.ipynb", address)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # the server too
+        process.communicate(timeout=30)
