@@ -82,7 +82,7 @@ def test_every_embedded_model_loads_and_is_small(name):
     load = checkpoints.load_classifier if name.endswith("-classifier") else checkpoints.load
     model = load(name)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert (checkpoints.EMBEDDED_FOLDER / name / "model.safetensors").stat().st_size <= 6 * 2**20
+    assert (checkpoints.EMBEDDED_FOLDER / name / "model.safetensors").stat().st_size <= 6_000_000
 
 
 def test_saving_again_replaces_the_model_and_leaves_nothing_else(folder):

@@ -58,7 +58,7 @@ def test_missing_backbone_says_what_to_fetch_and_where_to_put_it(tmp_path, monke
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no network, at once
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     with pytest.raises(
-        FileNotFoundError, match=r"vgg16-397923af.pth.*hub/checkpoints.*Fetch https://download.pytorch.org"
+        FileNotFoundError, match=r"LPIPS needs the vgg .*hub/checkpoints.*Fetch https://download.pytorch.org/models/vgg16-397923af"
     ):
         load_lpips("vgg")
 
