@@ -102,21 +102,21 @@ _ALL = [
     ),
     Recipe(
         "digits-ct-short", objective=ConsistencyTraining(**DIGITS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)),
-        iterations=600, batch=768, **FROM_EDM,
+        iterations=400, batch=768, **FROM_EDM,
         cost="45 s", expected="a coarse one-step model: see lesson 03",
     ),
     Recipe(
         "digits-ict-short", objective=ImprovedConsistencyTraining(**DIGITS, start=10, end=80, distance=PseudoHuber(0.03)),
-        iterations=600, batch=768, **FROM_EDM,
+        iterations=400, batch=768, **FROM_EDM,
         cost="45 s", expected="see lesson 03",
     ),
     Recipe(
         "digits-ect-short", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)),
-        iterations=600, batch=768, **FROM_EDM,
+        iterations=400, batch=768, **FROM_EDM,
         cost="45 s", expected="see lesson 03",
     ),
     Recipe(
-        "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=150), iterations=750, batch=512,
+        "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=100), iterations=500, batch=512,
         teacher="digits-edm", **FROM_EDM,
         cost="45 s", expected="a one-step model by three halvings: see lesson 03",
     ),
