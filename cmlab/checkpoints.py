@@ -171,9 +171,11 @@ def _find(name_or_path: str | Path) -> Path:
             f"{name!r} is a released model: its weights are not on disk, and loading released weights is not part of "
             f"this version yet. Embedded: {', '.join(EMBEDDED)}"
         )
-    _heal(folder)
     if folder.is_dir():
         return folder
+    previous = _beside(folder, "previous")
+    if not folder.exists() and previous.is_dir():  # a save stands, or was killed, between its two renames
+        return previous
     if folder.exists():
         raise ValueError(f"{folder} is a file; a saved model is a folder with {CONFIG} and {WEIGHTS}")
     known("model or folder", name, [*EMBEDDED, *RELEASED])
@@ -192,8 +194,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         given = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} is not a config of this package: format must be {FORMAT}, got {given!r}")
     kind = known(f"kind in {path}:", config.get("kind"), KINDS)
-    needed = ["network"] if kind == DigitsClassifier.kind else ["network", *SCALINGS]
-    kinds = {"network": dict} | dict.fromkeys(SCALINGS, (int, float))
+    needed = ["network"] if kind == DigitsClassifier.kind else ["network", "shape", *SCALINGS]
+    kinds = {"network": dict, "shape": list} | dict.fromkeys(SCALINGS, (int, float))
     missing = [field for field in needed if not isinstance(config.get(field), kinds[field])]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}, or has something else in its place")
@@ -242,4 +244,8 @@ def _check_fit(path: Path, given: dict[str, tuple[int, ...]], network: nn.Module
 
 def _ready(model: nn.Module, config: dict[str, Any], device: str | None, dtype: torch.dtype | None) -> Any:
     model.info = config
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {device!r} is not usable: this torch ({torch.__version__}) finds no GPU here; take 'cpu'"
+        )
     return model.to(device=device, dtype=dtype or torch.float32).eval().requires_grad_(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,12 +26,35 @@ def unknown(what: str, value: str, options: Iterable[str]) -> str:
     return f"unknown {what} {value!r}.{hint} Known: {', '.join(options)}"
 
 
+def alone(what: str, **others) -> None:
+    """Raises ValueError if any option was given beside one that leaves it without effect."""
+    given = [name for name, value in others.items() if value not in (None, (), False)]
+    if given:
+        raise ValueError(f"{what}: leave out {', '.join(given)}, which would have no effect beside it")
+
+
+def untaken(folder: Path, file: str) -> Path:
+    """Returns folder, unless a run keeps its file there: then raises ValueError."""
+    if (folder / file).exists():
+        raise ValueError(
+            f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output"
+        )
+    return folder
+
+
 def whole(argument: str, value: int, least: int = 1) -> int:
     """Returns value if it is an integer >= least; otherwise raises TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{argument} must be at least {least}, got {value}")
+    return value
+
+
+def within(argument: str, value: float, low: float, high: float) -> float:
+    """Returns value if it is a number from low to high; otherwise raises ValueError."""
+    if not low <= value <= high:
+        raise ValueError(f"{argument} must lie in [{low:g}, {high:g}], got {value}")
     return value
 
 

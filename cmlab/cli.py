@@ -39,8 +39,10 @@ def tour(
         lab: Start JupyterLab at 00_start_here instead.
     """
     from cmlab import tour as rooms
+    from cmlab.checks import alone
 
     if lab:
+        alone("--lab", fast=fast, only=only, output=output, resume=resume, open=open)
         return _jupyter_lab(rooms.lessons_folder())
     run = rooms.run_tour(only, fast, output, resume)
     return _finish(run, open)
@@ -118,18 +120,18 @@ def train(
 
     from cmlab import training
     from cmlab.batch import Interrupted, free_name, usable_folder
+    from cmlab.checks import alone
     from cmlab.recipes import get_recipe
 
     if recipe in ("digits-classifier", "tinted-digits-classifier"):
+        alone(recipe, iterations=iterations, seed=seed, resume=resume, device=device)
         return _train_classifier(recipe, output)
+    if resume is not None:
+        alone("--resume", output=output)
     plan = get_recipe(recipe)
     if iterations is not None:
         plan = plan.replace(iterations=iterations)
     folder = resume or usable_folder(output or free_name(Path("runs"), f"train-{recipe}"))
-    if resume is None and (folder / "state.pt").exists():
-        raise ValueError(
-            f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output"
-        )
     records = training.train(
         plan, device=device, folder=folder, resume=resume is not None, save_every=save_every, seed=seed
     )
@@ -193,8 +195,8 @@ def sample(
     from cmlab import pictures
 
     loaded = pictures.load_model(model, device)
+    target = pictures.target(output or Path("runs") / f"samples-{Path(model).name}.npz", ".npz")
     images, classes = pictures.draw(loaded, num, steps, sampler, seed, labels)
-    target = output or Path("runs") / f"samples-{Path(model).name}.npz"
     sheet = pictures.save_samples(target, images, classes)
     print(f"samples: {target.resolve()}\nsheet:   {sheet.resolve()}")
     return 0
@@ -236,7 +238,7 @@ def edit(
     from cmlab import pictures
 
     loaded = pictures.load_model(model)
-    target = output or Path("runs") / f"edit-{task}.png"
+    target = pictures.target(output or Path("runs") / f"edit-{task}.png", ".png")
     options = dict(
         mask=mask, factor=factor, sigma=sigma, label=label, steps=steps, num=num, seed=seed, denoiser=denoiser
     )

@@ -7,9 +7,10 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmlab.checks import known, positive, same_shape
+from cmlab.weights import weights_at
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class LPIPS:
 
     Images below 256 pixels are enlarged to 224 (bilinear), then mapped from [-1, 1] to [0, 1]. net is "vgg" (as in the
     paper), "alex" or "squeeze"; metric replaces the network by any function of two such batches, (B, 3, H, W) -> (B,).
-    The first call loads the backbone's weights; where they are missing and cannot be fetched it raises FileNotFoundError.
+    The first call loads the backbone's weights and raises as load_lpips does.
     The released models were trained with piq's LPIPS with average pooling; this is the authors' own, with max pooling.
     """
 
@@ -83,25 +84,17 @@ BACKBONES = {
 }
 
 
-def load_lpips(net: str = "vgg"):
-    """The lpips network with its ImageNet backbone, frozen. Raises FileNotFoundError naming the file to fetch and where it goes."""
+def load_lpips(net: str = "vgg") -> nn.Module:
+    """The lpips network on its ImageNet backbone, frozen: "vgg", "alex" or "squeeze".
+
+    Raises ValueError for another name, and as weights_at does where the backbone's file is missing or damaged.
+    """
     import lpips
 
-    known("LPIPS network", net, BACKBONES)
-    try:
-        network = lpips.LPIPS(net=net, verbose=False)
-    except OSError as error:  # URLError and HTTPError are OSErrors
-        folder = f"{torch.hub.get_dir()}/checkpoints"
-        raise FileNotFoundError(
-            f"LPIPS needs the {net} backbone, which is not in {folder} and could not be fetched ({error}). "
-            f"Fetch {BACKBONES[net]} on a machine with internet and put it there."
-        ) from error
+    address = BACKBONES[known("LPIPS network", net, BACKBONES)]
+    weights = weights_at(address, f"LPIPS needs the {net} backbone's weights")
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then overwritten
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    own = network.net.state_dict()  # "slice2.3.weight" is torchvision's "features.3.weight"
+    network.net.load_state_dict({key: weights[f"features.{key.partition('.')[2]}"] for key in own})
     return network.eval().requires_grad_(False)
-
-
-DISTANCES = {"l1": lambda: l1, "l2": lambda: l2, "pseudo-huber": PseudoHuber, "lpips": LPIPS}
-
-
-def get_distance(name: str):
-    """A distance by name: "l1", "l2", "pseudo-huber" (iCT's c) or "lpips" (VGG). Raises ValueError for another name."""
-    return DISTANCES[known("distance", name, DISTANCES)]()

@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
-REQUIRED = ["torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib", "pillow", "accelerate",
-            "safetensors", "papermill", "nbclient", "jupyterlab", "ipywidgets", "tyro", "torch-fidelity",
-            "lpips"]  # fmt: skip
 SETUP = "run: bash installations.sh"
 
 
@@ -65,7 +63,7 @@ def _usable_cores() -> int:
 
 
 def _packages() -> Iterator[Finding]:
-    for name in REQUIRED:
+    for name in required():
         found = _version(name)
         yield Finding("ok" if found else "BROKEN", name, found or "not installed", "" if found else SETUP)
     try:
@@ -103,6 +101,15 @@ def _gpu(torch) -> Finding:
     )
 
 
+def required() -> list[str]:
+    """The packages that pyproject.toml names, as the installed cmlab tells; cmlab itself where it is not installed."""
+    try:
+        lines = requires("cmlab") or []
+    except PackageNotFoundError:
+        return ["cmlab"]
+    return [re.match(r"[\w.-]+", line)[0] for line in lines if "extra ==" not in line]
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -131,7 +138,7 @@ def _optional() -> Iterator[Finding]:
     yield _command("chromium", ["chromium", "chromium-browser", "google-chrome"], "CHROMIUM",
                    "only the browser tests need it: apt-get install chromium")  # fmt: skip
     for package, use in {
-        "latex2mathml": "formulas on the tour's offline pages", "triton": "GPU kernels",
+        "triton": "GPU kernels",
         "diffusers": "interoperation with diffusers", "gradio": "the demo app",
     }.items():  # fmt: skip
         found = _version(package)
@@ -160,12 +167,11 @@ def _weights(name: str, use: str) -> Finding:
     """Weights that libraries keep in torch's hub folder."""
     if importlib.util.find_spec("torch") is None:
         return Finding("missing", name, "no torch to keep them", SETUP)
-    import torch
+    from cmlab import distances, extractors
+    from cmlab.weights import hub_path
 
-    from cmlab import distances, metrics
-
-    address = {"inception weights": metrics.INCEPTION, "lpips weights": distances.BACKBONES["vgg"]}[name]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
+    address = {"inception weights": extractors.INCEPTION, "lpips weights": distances.BACKBONES["vgg"]}[name]
+    path = hub_path(address)
     if path.exists():
         return Finding("ok", name, str(path))
     return Finding("missing", name, "not here", f"for {use}: fetch {address} and put it into {path.parent}")

@@ -60,6 +60,8 @@ class Inpaint(Task):
     mask: Tensor
 
     def __post_init__(self):
+        if not isinstance(self.mask, Tensor):
+            raise TypeError(f"mask must be a torch tensor, got {type(self.mask).__name__}")
         if not ((self.mask == 0) | (self.mask == 1)).all():
             raise ValueError("mask must hold only 0 (fill in) and 1 (keep)")
 
@@ -164,6 +166,8 @@ def edit(
     (len(sigmas), B, C, H, W) injects the start and one draw for every later call. Returns (B, C, H, W), in which the known
     part is the measurement's. Raises ValueError for a measurement, mask, factor or channel count that does not fit.
     """
+    if not isinstance(task, Task):
+        raise TypeError(f"task must be a Task, such as Inpaint(mask), got {task!r}")
     task.check(finite("measurement", measurement))
     levels = levels_of(sigmas)
     task.check_levels(levels)
@@ -180,7 +184,10 @@ def edit(
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Spherical interpolation from a (weight 0) to b (weight 1), with an angle *for each sample*. a, b (B, …) -> (B, …)."""
+    """Spherical interpolation from a (weight 0) to b (weight 1), with an angle *for each sample*. a, b (B, …) -> (B, …).
+
+    Song et al. (2023), app. D. Raises ValueError for two shapes.
+    """
     same_shape("b", b, a.shape)
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
     cosine = F.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
@@ -194,7 +201,7 @@ def interpolate(model, noise_a: Tensor, noise_b: Tensor, weights, labels=None) -
     """Pictures on the way between two, through their noises: Song et al. (2023), app. D. One network call a picture.
 
     noise_a, noise_b (B, C, H, W) are N(0, 1), the noises that the two pictures come from; weights (K,) in [0, 1].
-    Returns (K, B, C, H, W).
+    Returns (K, B, C, H, W). Raises ValueError for weights outside [0, 1] and noises of two shapes.
     """
     weights = torch.as_tensor(weights, dtype=torch.float64).flatten().tolist()
     if not weights or not all(0 <= w <= 1 for w in weights):
@@ -206,7 +213,7 @@ def noise_of(denoiser, images: Tensor, sigmas, labels=None) -> Tensor:
     """The noise that a given picture comes from: the probability-flow ODE followed *upwards*, then scaled to N(0, 1).
 
     images (B, C, H, W); sigmas descend, as everywhere, and are walked from their end. A consistency model has no such way
-    up, so this wants a diffusion denoiser. Returns (B, C, H, W).
+    up, so this wants a diffusion denoiser. Returns (B, C, H, W). Raises ValueError for images or sigmas that are not finite.
     """
     upwards = levels_of(sigmas, 2)[::-1]
     return solve(denoiser, finite("images", images), upwards, labels) / upwards[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmlab.checks import finite, positive, whole
+from cmlab.checks import finite, positive, same_shape, whole
 from cmlab.scaling import per_image
 
 
@@ -28,8 +28,11 @@ class DatasetDenoiser:
         """x (B, …) at noise level sigma, a number or (B,); labels (B,) restrict to a class -> E[y | x] (B, …)."""
         if x.shape[1:] != self.data.shape[1:]:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, self.data.shape[1:]))}), got {tuple(x.shape)}")
+        finite("x", x)
         if labels is not None and self.labels is None:
             raise ValueError("labels were given, but this denoiser was made without labels")
+        if labels is not None:
+            same_shape("labels", labels, (len(x),))
         points = x.double().flatten(1)  # (B, D)
         precision = 0.5 / per_image(sigma, x).double().reshape(-1, 1) ** 2  # (B, 1)
         top = torch.full((len(x), 1), -torch.inf, dtype=torch.float64, device=x.device)
@@ -74,6 +77,7 @@ class GaussianMixtureDenoiser:
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
         """x (B, …) at noise level sigma, a number or (B,) -> E[y | x] (B, …). labels must be None."""
+        finite("x", x)
         if labels is not None:
             raise ValueError("a Gaussian mixture has no labels; pass labels=None")
         points, means = x.double().flatten(1), self.means.to(x.device).double().flatten(1)  # (B, D), (K, D)

@@ -1,7 +1,8 @@
-"""Sample quality: Fréchet distance, inception score, KID, precision and recall, memorisation; and the eyes.
+"""Sample quality: Fréchet distance, inception score, KID, precision and recall, memorisation.
 
 Features are (N, D) tensors or arrays, one row an image; statistics are float64. A number means little without its
-protocol: which features, which reference, how many samples on each side.
+protocol: which features, which reference, how many samples on each side. Features, probabilities and images of another
+shape, or with NaN or infinities, raise ValueError, a count that is no whole number TypeError.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cmlab.checks import finite, known, same_shape, whole
+from cmlab.checks import finite, same_shape, whole
 from cmlab.exact import squared_distances
+from cmlab.extractors import Features, get_extractor
 
 
 def _features(argument: str, values) -> Tensor:
@@ -33,8 +34,8 @@ def _features(argument: str, values) -> Tensor:
 class GaussianStatistics:
     """Mean and covariance of features, gathered batch by batch in float64: memory does not grow with the samples.
 
-    update(features) takes (N, D); mean is (D,), cov (D, D) with the N - 1 denominator. Batches merge by the formula of
-    Chan et al. (1979), so that the result does not depend on how the samples were cut up.
+    mean is (D,) and scatter (D, D), both None before the first batch. Batches merge by the formula of Chan et al.
+    (1979), so that the result does not depend on how the samples were cut up.
     """
 
     count: int = 0
@@ -42,7 +43,7 @@ class GaussianStatistics:
     scatter: Tensor | None = field(default=None, repr=False)  # sum of (x - mean)(x - mean)^T
 
     def update(self, features) -> GaussianStatistics:
-        """Takes in a batch of features (N, D); returns self."""
+        """Takes in a batch of features (N, D), N >= 1; returns self. Raises ValueError for another D than before."""
         batch = finite("features", torch.as_tensor(features).double())
         if batch.ndim != 2 or len(batch) == 0:
             raise ValueError(f"features must have shape (N, D) with N >= 1, got {tuple(batch.shape)}")
@@ -57,17 +58,18 @@ class GaussianStatistics:
 
     @property
     def cov(self) -> Tensor:
-        """The covariance (D, D). Raises ValueError before two samples were seen."""
+        """The covariance (D, D), with the N - 1 denominator. Raises ValueError before two samples were seen."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def frechet_from_statistics(a: GaussianStatistics, b: GaussianStatistics) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): Heusel et al. (2017), eq. 6.
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): Heusel et al. (2017), eq. 6. 0 or more, up to rounding.
 
     The trace of the root comes from the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which is stable for
     singular covariances too (fewer samples than features), where a general matrix root is not.
+    Raises ValueError for fewer than 2 samples on either side, and for features of two lengths.
     """
     cov_a, cov_b = a.cov, b.cov
     same_shape("the second mean", b.mean, a.mean.shape)
@@ -80,7 +82,8 @@ def frechet_from_statistics(a: GaussianStatistics, b: GaussianStatistics) -> flo
 def frechet_distance(features_a, features_b) -> float:
     """The Fréchet distance between Gaussians fitted to features (N, D) and (M, D): FID, if they are Inception's.
 
-    Biased upwards for few samples: compare only at equal sample sizes.
+    Heusel et al. (2017), eq. 6. Biased upwards for few samples: compare only at equal sample sizes.
+    Raises ValueError unless N, M >= 2 and both have the same D.
     """
     a, b = _features("features_a", features_a), _features("features_b", features_b)
     return frechet_from_statistics(GaussianStatistics().update(a), GaussianStatistics().update(b))
@@ -91,24 +94,34 @@ def frechet_distance(features_a, features_b) -> float:
 
 @dataclass
 class ClassStatistics:
-    """What the inception score is made of, gathered batch by batch: memory does not grow with the samples."""
+    """What the inception score (Salimans et al. 2016) is made of, gathered batch by batch: memory does not grow."""
 
     count: int = 0
     total: Tensor | float = 0.0  # sum of p(class | image), (K,)
     certainty: float = 0.0  # sum of p ln p
 
     def update(self, probabilities) -> ClassStatistics:
-        """Takes in a batch of class probabilities (N, K), rows summing to 1; returns self."""
+        """Takes in a batch of class probabilities (N, K), N >= 1; returns self.
+
+        Raises ValueError unless they are in [0, 1] and rows sum to 1, and for another K than before.
+        """
         p = finite("probabilities", torch.as_tensor(probabilities).double())
         if p.ndim != 2 or len(p) == 0 or (p < 0).any() or (p.sum(1) - 1).abs().max() > 1e-3:
             raise ValueError(f"probabilities must be (N, K), rows >= 0 that sum to 1, got shape {tuple(p.shape)}")
+        if self.count:
+            same_shape("probabilities", p, (len(p), len(self.total)))
         self.count, self.total = self.count + len(p), self.total + p.sum(0)
         self.certainty += float(torch.xlogy(p, p).sum())
         return self
 
     @property
     def score(self) -> float:
-        """exp(E KL(p(class | image) || p(class))) = exp(mean of sum p ln p - sum q ln q), with q the mean of p."""
+        """exp(E KL(p(class | image) || p(class))) = exp(mean of sum p ln p - sum q ln q), with q the mean of p: 1 … K.
+
+        Raises ValueError before the first sample.
+        """
+        if self.count == 0:
+            raise ValueError("an inception score needs at least 1 sample, got 0")
         q = self.total / self.count
         return math.exp(self.certainty / self.count - float(torch.xlogy(q, q).sum()))
 
@@ -117,7 +130,7 @@ def inception_score(probabilities, split_size: int | None = None) -> float:
     """exp(E KL(p(class | image) || p(class))): Salimans et al. (2016). probabilities (N, K), rows summing to 1.
 
     1 … K: sure about each image, undecided about all. split_size=5000 averages over consecutive parts, as the released
-    evaluator does; None takes all at once.
+    evaluator does; None takes all at once. Raises ValueError for N = 0, rows that do not sum to 1, or split_size < 1.
     """
     p = torch.as_tensor(probabilities)
     parts = p.split(max(len(p), 1) if split_size is None else whole("split_size", split_size))
@@ -129,8 +142,9 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: the squared maximum mean discrepancy with the kernel (x y / D + 1)^3, unbiased (Binkowski et al. 2018).
 
-    Returns (mean, standard deviation) over random subsets of subset_size rows (at most the smaller set). 0: no
-    difference; being unbiased it may fall a little below.
+    features (N, D) and (M, D) -> (mean, standard deviation) over random subsets of subset_size rows (at most the
+    smaller set); the same seed gives the same subsets. 0: no difference; being unbiased it may fall a little below.
+    Raises ValueError unless N, M >= 2, both have the same D, subsets >= 1 and subset_size >= 2.
     """
     a, b = _features("features_a", features_a), _features("features_b", features_b)
     same_shape("features_b", b, (len(b), a.shape[1]))
@@ -157,7 +171,10 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 
 
 def manifold_radii(features, k: int = 3, chunk: int = 2048) -> Tensor:
-    """The *squared* distance from each feature (N, D) to its k-th nearest other one: (N,) float64."""
+    """The *squared* distance from each feature (N, D) to its k-th nearest other one: (N,) float64.
+
+    Kynkäänniemi et al. (2019), eq. 1. Works through chunk rows at a time. Raises ValueError unless 1 <= k < N.
+    """
     f = _features("features", features)
     if whole("k", k) >= len(f):
         raise ValueError(f"k must be below the number of samples {len(f)}, got {k}")
@@ -168,6 +185,7 @@ def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
     """The share of fake features inside the real ones' k-nearest-neighbour balls, and the reverse.
 
     Kynkäänniemi et al. (2019), alg. 1. real (N, D), fake (M, D) -> (precision, recall), each in [0, 1].
+    Raises ValueError unless both have the same D and 1 <= k < N, M.
     """
     real, fake = _features("real", real), _features("fake", fake)
     same_shape("fake", fake, (len(fake), real.shape[1]))
@@ -183,6 +201,7 @@ def nearest_neighbour_ratio(samples: Tensor, train: Tensor, held_out: Tensor) ->
     """Mean distance from samples to their nearest training image, over that of held-out images: all (N, …) pixels.
 
     About 1: as far from the training set as new real data. Well below: the model repeats what it has seen. 0: copies.
+    Raises ValueError for images of two shapes, and if every held-out image is in train.
     """
     return _ratio(_nearest("samples", samples, train).mean(), _nearest("held_out", held_out, train).mean(), "held_out")
 
@@ -202,81 +221,17 @@ def _ratio(ours: Tensor, real: Tensor, argument: str) -> float:
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int = 0) -> float:
-    """The mean over random directions of the projections' 1-Wasserstein distance. a, b (N, D), equally many points."""
+    """The mean over random directions of the projections' 1-Wasserstein distance, 0 or more. a, b (N, D), N >= 2.
+
+    Rabin et al. (2011), with the first power. The same seed gives the same directions. Raises ValueError if a and b
+    differ in shape, and for projections < 1.
+    """
     a, b = _features("a", a), _features("b", b)
     same_shape("b", b, a.shape)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(whole("projections", projections), a.shape[1], generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=1, keepdim=True)
     return float(((a @ directions.T).sort(0).values - (b @ directions.T).sort(0).values).abs().mean())
-
-
-# --- the eyes -------------------------------------------------------------------------------------------------------
-
-
-class Features(NamedTuple):
-    """What an extractor sees in a batch: features (B, D) and class probabilities (B, K)."""
-
-    features: Tensor
-    probabilities: Tensor
-
-
-def get_extractor(name: str, device: str | None = None) -> Callable[[Tensor], Features]:
-    """A feature extractor, images (B, C, H, W) in [-1, 1] -> Features, by name.
-
-    "digits-classifier" and "tinted-digits-classifier" travel with the package (64 features); "inception" is
-    torch-fidelity's port of the FID network (2048), which sees 8-bit colours. Raises ValueError for another name,
-    FileNotFoundError if Inception's weights are missing.
-    """
-    known("extractor", name, ["digits-classifier", "tinted-digits-classifier", "inception"])
-    return _inception(device) if name == "inception" else _classifier(name, device)
-
-
-def _classifier(name: str, device: str | None) -> Callable[[Tensor], Features]:
-    from cmlab.checkpoints import load_classifier
-
-    model = load_classifier(name, device)
-    return lambda images: _seen(model, _images(images), 1024, device)
-
-
-INCEPTION = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
-
-
-def _inception(device: str | None) -> Callable[[Tensor], Features]:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    try:
-        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device)
-    except OSError as error:
-        folder = f"{torch.hub.get_dir()}/checkpoints"
-        raise FileNotFoundError(
-            f"FID needs Inception's weights, which are not in {folder} and could not be fetched ({error}). "
-            f"Fetch {INCEPTION} on a machine with internet and put it there."
-        ) from error
-
-    def extract(images: Tensor) -> Features:
-        pixels = ((_images(images).clamp(-1, 1) + 1) * 127.5).round().byte()
-        return _seen(model, pixels.expand(-1, 3, -1, -1), 64, device)
-
-    return extract
-
-
-def _images(images: Tensor) -> Tensor:
-    """Checks images (B, C, H, W): about in [-1, 1], where "about" catches the 0 … 255 of an unscaled picture."""
-    if finite("images", images).ndim != 4 or len(images) == 0:
-        raise ValueError(f"images must have shape (B, C, H, W) with B >= 1, got {tuple(images.shape)}")
-    if images.abs().max() > 10:
-        raise ValueError(f"images must lie in [-1, 1], got values up to {float(images.abs().max()):g}")
-    return images
-
-
-@torch.no_grad()
-def _seen(model: Callable, images: Tensor, chunk: int, device: str | None) -> Features:
-    """What a model with outputs (features, logits) sees, chunk by chunk; on the CPU, which has float64 everywhere."""
-    features, logits = zip(*(model(part.to(device)) for part in images.split(chunk)), strict=True)
-    return Features(torch.cat(features).cpu(), torch.cat(logits).softmax(1).cpu())
 
 
 # --- images to numbers ----------------------------------------------------------------------------------------------
@@ -286,7 +241,10 @@ KEPT = 10_000  # features a side for the metrics that compare pairs: their work 
 
 @dataclass
 class Reservoir:
-    """At most size rows of a stream, each as likely to be kept as any other. A stream that fits is kept whole."""
+    """At most size rows of a stream, each as likely to be kept as any other. A stream that fits is kept whole.
+
+    rows is (min(N, size), D), None before the first; the same seed keeps the same rows of the same stream.
+    """
 
     size: int = KEPT
     seed: int = 0
@@ -317,7 +275,7 @@ class Summary:
     kept: Reservoir = field(default_factory=Reservoir)
 
     def update(self, seen: Features) -> Summary:
-        """Takes in what an extractor saw in a batch; returns self."""
+        """Takes in what an extractor saw in a batch; returns self. Raises ValueError for another D or K than before."""
         self.gaussian.update(seen.features)
         self.classes.update(seen.probabilities)
         self.kept.update(seen.features)
@@ -337,7 +295,8 @@ def evaluate(
     Returns fd, is, kid, precision, recall, samples and reference (the two counts); where labels (N,) say which class
     each sample should be, accuracy; where train is given, nearest_neighbour_ratio, with reference as held-out images.
     Memory is flat: kid, precision and recall look at 10,000 random features a side, the others at all.
-    Raises ValueError for images that do not suit the extractor, and for fewer than 4 on either side.
+    Raises ValueError for an unknown extractor, images that do not suit it, fewer than 4 on either side, labels of
+    another number than the samples, and a reference that is all in train; and what get_extractor raises.
     """
     extract = get_extractor(extractor, device)
     fake, classes, near = _summarize("samples", samples, extract, train)
@@ -360,7 +319,9 @@ def evaluate(
     return result
 
 
-def _summarize(argument: str, images, extract, train: Tensor | None) -> tuple[Summary, Tensor, Tensor | None]:
+def _summarize(
+    argument: str, images, extract: Callable[[Tensor], Features], train: Tensor | None
+) -> tuple[Summary, Tensor, Tensor | None]:
     """The summary of a stream, the class seen in each image (N,), and the mean distance to the nearest of train."""
     summary, classes, distances = Summary(), [], []
     for batch in [images] if isinstance(images, Tensor) else images:

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmlab.checks import known, positive, sigma_range, whole
+from cmlab.checks import known, positive, same_shape, sigma_range, whole
 from cmlab.streams import rand, randint, randn
 
 
 def add_noise(images: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """images + sigma noise: one noise level an image. images, noise (B, …); sigma (B,). Song et al. (2023), sec. 3: x_t = x + t z."""
+    """images + sigma noise: one noise level an image. images, noise (B, …); sigma (B,). Song et al. (2023), sec. 3: x_t = x + t z.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    same_shape("noise", noise, images.shape)
+    same_shape("sigma", torch.as_tensor(sigma), images.shape[:1])
     return images + sigma.to(images.dtype).reshape(-1, *[1] * (images.ndim - 1)) * noise
 
 
@@ -47,7 +52,7 @@ def sigma_at(
     sigma_range(sigma_min, sigma_max)
     positive("rho", rho)
     index = torch.as_tensor(index, dtype=torch.float64)
-    if ((index < 0) | (index > n - 1)).any():
+    if not ((index >= 0) & (index <= n - 1)).all():  # this way round NaN is refused as well
         raise ValueError(f"index must lie in 0 … {n - 1}, got {index.min():g} … {index.max():g}")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (high + index / max(n - 1, 1) * (low - high)) ** rho
@@ -65,7 +70,7 @@ def index_of(
     positive("rho", rho)
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
     slack = 1e-6  # sigmas that went through float32
-    if ((sigma < sigma_min * (1 - slack)) | (sigma > sigma_max * (1 + slack))).any():
+    if not ((sigma >= sigma_min * (1 - slack)) & (sigma <= sigma_max * (1 + slack))).all():  # NaN is refused as well
         raise ValueError(f"sigma must lie in [{sigma_min}, {sigma_max}], got {sigma.min():g} … {sigma.max():g}")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return ((sigma ** (1 / rho) - high) / (low - high) * (n - 1)).clamp(0, n - 1)
@@ -86,12 +91,14 @@ def scales_sqrt(step: int, total: int, start: int = 2, end: int = 150) -> int:
 
 
 def scales_doubling(step: int, total: int, start: int = 10, end: int = 1280) -> int:
-    """N(k) of Song & Dhariwal (2023, iCT), sec. 3.4: start, 2 start, 4 start … up to end, in stages of equal length, plus 1.
+    """N(k) of Song & Dhariwal (2023, iCT), sec. 3.4: min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (log2 floor(s1/s0) + 1)).
+
+    start, 2 start, 4 start … up to end, in stages of equal length where end / start is a power of two.
 
     Raises ValueError unless 0 <= step <= total and 1 <= start <= end.
     """
     _check_curriculum(step, total, start, end)
-    stage_length = max(1, math.floor(total / (math.floor(math.log2(end / start)) + 1)))
+    stage_length = max(1, math.floor(total / (math.log2(end // start) + 1)))
     return min(start * 2 ** (step // stage_length), end) + 1
 
 
@@ -143,13 +150,19 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self):
+        positive("std", self.std)
+
     def __call__(self, n: int, generator=None) -> Tensor:
         """n noise levels, float64 of shape (n,)."""
         return (self.mean + self.std * randn((n,), generator).double()).exp()
 
 
 def uniform_index(n: int, scales: int, generator=None) -> Tensor:
-    """n indices i, uniform over the scales - 1 intervals (sigma[i], sigma[i + 1]) of a grid. Song et al. (2023), algorithms 2 and 3."""
+    """n indices i, uniform over the scales - 1 intervals (sigma[i], sigma[i + 1]) of a grid. Song et al. (2023), algorithms 2 and 3.
+
+    Raises ValueError for scales < 2.
+    """
     return randint(0, whole("scales", scales, 2) - 1, (n,), generator)
 
 
@@ -157,7 +170,9 @@ def lognormal_index(n: int, sigmas: Tensor, mean: float = -1.1, std: float = 2.0
     """n indices of intervals, distributed as a log-normal cut at the grid's levels. Song & Dhariwal (2023, iCT), sec. 3.5.
 
     sigmas (N,) descending; interval i lies between sigmas[i] and sigmas[i + 1] and gets the mass of N(mean, std^2) between their logs.
+    Raises ValueError for std <= 0.
     """
+    positive("std", std)
     cdf = torch.erf((sigmas.double().log() - mean) / (std * math.sqrt(2)))
     mass = cdf[:-1] - cdf[1:]
     return torch.searchsorted(mass.cumsum(0) / mass.sum(), rand((n,), generator).double()).clamp(max=len(mass) - 1)
@@ -172,6 +187,7 @@ WEIGHTINGS = {
     "karras": lambda snr, sigma_data: snr + 1 / sigma_data**2,
     "truncated-snr": lambda snr, sigma_data: snr.clamp(min=1),
 }
+WEIGHTING_NAMES = [*WEIGHTINGS, "inverse-gap"]
 
 
 def weighting(name: str, sigma: Tensor, sigma_data: float = 0.5, lower: Tensor | None = None) -> Tensor:
@@ -179,8 +195,11 @@ def weighting(name: str, sigma: Tensor, sigma_data: float = 0.5, lower: Tensor |
 
     "uniform", "snr" (sigma^-2), "snr+1", "karras" (1/sigma^2 + 1/sigma_data^2: Karras et al. 2022, table 1), "truncated-snr", or
     "inverse-gap", 1/(sigma - lower), which needs the lower level of each pair (Song & Dhariwal 2023, sec. 3.1).
+    Raises ValueError for an unknown name, a sigma <= 0 or lower=None where it is needed.
     """
-    known("weighting", name, [*WEIGHTINGS, "inverse-gap"])
+    known("weighting", name, WEIGHTING_NAMES)
+    if not (sigma > 0).all():
+        raise ValueError(f"sigma must be above 0, got {sigma.min():g}")
     if name == "inverse-gap":
         if lower is None:
             raise ValueError("weighting 'inverse-gap' needs the lower level of each pair, got lower=None")

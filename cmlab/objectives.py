@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cmlab.checks import same_shape, sigma_range
+from cmlab.checks import known, positive, same_shape, sigma_range, whole, within
 from cmlab.distances import PseudoHuber, l2
 from cmlab.noise import (
+    WEIGHTING_NAMES,
     LogNormal,
     add_noise,
     karras_sigmas,
@@ -85,6 +86,8 @@ class Objective:
 
     def __post_init__(self):
         sigma_range(self.sigma_min, self.sigma_max)
+        positive("rho", self.rho)
+        known("weighting", self.weight, WEIGHTING_NAMES)
 
     def scales(self, step: int, total: int) -> int | None:
         """N(k), the number of grid levels at this step; None where the levels are continuous."""
@@ -128,10 +131,17 @@ class ConsistencyTraining(Objective):
     mu_0: float = 0.95
     distance: Callable[[Tensor, Tensor], Tensor] = l2  # (B, …), (B, …) -> (B,)
 
+    def __post_init__(self):
+        super().__post_init__()
+        within("mu_0", self.mu_0, 0, 1)
+        whole("end", self.end, whole("start", self.start))
+
     def scales(self, step: int, total: int) -> int:
+        """N(k) of the square-root curriculum."""
         return scales_sqrt(step, total, self.start, self.end)
 
     def mu(self, step: int, total: int) -> float:
+        """mu(k), which keeps start log(mu_0) spread over the levels; 0 for mu_0 = 0."""
         return mu_adaptive(self.scales(step, total), self.start, self.mu_0) if self.mu_0 else 0.0
 
     def levels(self, n: int, step: int, total: int, generator=None) -> tuple[Tensor, Tensor]:
@@ -173,10 +183,18 @@ class ConsistencyDistillation(ConsistencyTraining):
     substeps: int = 1
     needs_teacher = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        whole("num_scales", self.num_scales, 2)
+        whole("substeps", self.substeps)
+        get_solver(self.solver)
+
     def scales(self, step: int, total: int) -> int:
+        """num_scales, throughout."""
         return self.num_scales
 
     def mu(self, step: int, total: int) -> float:
+        """mu_0, throughout."""
         return self.mu_0
 
     def step_down(self, x_high, images, noise, high, low, labels, teacher) -> Tensor:
@@ -207,7 +225,12 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
     mean: float = -1.1
     std: float = 2.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        positive("std", self.std)
+
     def scales(self, step: int, total: int) -> int:
+        """N(k) of the doubling curriculum."""
         return scales_doubling(step, total, self.start, self.end)
 
     def _index(self, n: int, sigmas: Tensor, generator) -> Tensor:
@@ -231,11 +254,14 @@ class EasyConsistencyTuning(ConsistencyTraining):
     k: float = 8.0
     b: float = 1.0
 
-    def scales(self, step: int, total: int) -> None:
-        return None
+    def __post_init__(self):
+        super().__post_init__()
+        whole("stages", self.stages)
+        for name in ("q", "k", "b"):
+            positive(name, getattr(self, name))
 
-    def mu(self, step: int, total: int) -> float:
-        return 0.0
+    def scales(self, step: int, total: int) -> None:
+        """None: the levels are continuous."""
 
     def stage(self, step: int, total: int) -> int:
         """0 … stages - 1."""
@@ -262,6 +288,11 @@ class ProgressiveDistillation(Objective):
     weight: str = "truncated-snr"
     needs_teacher = True
     model_kind = "denoiser"
+
+    def __post_init__(self):
+        super().__post_init__()
+        whole("start", self.start, 2)
+        whole("stage_steps", self.stage_steps)
 
     def scales(self, step: int, total: int) -> int:
         """The student's number of steps."""

@@ -12,7 +12,7 @@ from cmlab.scaling import level_dtype, per_image
 
 
 def velocity(denoiser, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
-    """dx/dsigma at (x, sigma). Karras et al. (2022), eq. 3 with sigma(t) = t. x (B, …), sigma a number or (B,), above 0."""
+    """dx/dsigma at (x, sigma). Karras et al. (2022), alg. 1, line 4. x (B, …); sigma above 0, a number or (B,)."""
     return (x - denoiser(x, sigma, labels)) / per_image(sigma, x)
 
 

@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from cmlab import checkpoints, editing, plots, sampling
+from cmlab.batch import usable_folder
 from cmlab.checks import known, whole
 from cmlab.data import load_data
 from cmlab.noise import karras_sigmas
 from cmlab.scaling import ConsistencyModel, Denoiser
-from cmlab.streams import get_generator
+from cmlab.streams import Streams
 
 BATCH = 250  # pictures a network call
+STRIDE = 1 << 32  # between the seeds of two --seed: no two pictures of any two share their noise
 DIFFUSION = {
     "heun": sampling.sample_heun,
     "euler": sampling.sample_euler,
@@ -54,9 +57,9 @@ def draw(
     """num pictures (num, C, H, W) and their labels (num,) or None. A picture depends on seed and number only."""
     classes = _classes(model, whole("num", num), labels)
     sampled = _sampler(model, steps, sampler)
-    stream, device = get_generator("determ-indiv", num, seed), next(model.parameters()).device
+    stream, device = Streams(num, seed, stride=STRIDE), next(model.parameters()).device
     images = []
-    for start in range(0, num, BATCH):
+    for start in tqdm(range(0, num, BATCH), unit="batch", disable=None if num > BATCH else True):
         stream.set_done_samples(start)
         some = slice(start, min(start + BATCH, num))
         noise = stream.randn(some.stop - start, *model.info["shape"]).to(device)
@@ -125,7 +128,7 @@ def edit_picture(
             f"sigma must lie above {model.sigma_min:g}, up to the model's {model.sigma_max:g}, got {sigma:g}"
         )
     operator = _operator(task, pictures, mask, factor, sigma)
-    stream = get_generator("determ-indiv", whole("num", num), seed)
+    stream = Streams(whole("num", num), seed, stride=STRIDE)
     measured = operator.measure(pictures, torch.Generator().manual_seed(seed))
     start = sigma if task in ("denoise", "stroke") else model.sigma_max
     results = editing.edit(
@@ -232,10 +235,16 @@ def _between(model, pictures: Tensor, labels: Tensor | None, denoiser: str | Non
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
+def target(path: Path, suffix: str) -> Path:
+    """path, if a file can be written there. Raises ValueError for another suffix, OSError for an unusable folder: before the work."""
+    if path.suffix != suffix:
+        raise ValueError(f"the output is a {suffix} file, got {path}")
+    usable_folder(path.absolute().parent)
+    return path
+
+
 def save_samples(path: Path, images: Tensor, labels: Tensor | None) -> Path:
     """Writes images as .npz (arr_0 uint8 (N, H, W, C), arr_1 labels) and a sheet of the first 100; returns its path."""
-    if path.suffix != ".npz":
-        raise ValueError(f"samples are written as .npz, got {path}")
     pixels = plots.to_pixels(images)
     arrays = [pixels] if labels is None else [pixels, labels.numpy()]
     _write(path, lambda file: np.savez_compressed(file, *arrays))
@@ -246,8 +255,6 @@ def save_samples(path: Path, images: Tensor, labels: Tensor | None) -> Path:
 
 def save_sheet(path: Path, images: Tensor, columns: int = 10) -> None:
     """Writes images (N, C, H, W) in [-1, 1] as one .png, enlarged so that a picture is 64 pixels or more a side."""
-    if path.suffix != ".png":
-        raise ValueError(f"pictures are written as .png, got {path}")
     sheet = Image.fromarray(plots.tile(images, columns).squeeze())
     scale = max(1, 64 // images.shape[-1])
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)

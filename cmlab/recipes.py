@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from cmlab.checks import known, positive, whole
+from cmlab.checks import known, positive, whole, within
 from cmlab.distances import PseudoHuber
 from cmlab.noise import LogNormal
 from cmlab.objectives import (
@@ -24,7 +24,8 @@ class Recipe:
     """All that a training run is made of. batch is the global one, over all processes; bf16 takes effect where the device has it.
 
     The learning rate warms up over warmup steps, stays, and falls to zero over the last decay share of the run. ema is the
-    decay of the averaged weights that are kept; clip the largest gradient norm. teacher and init_from name saved models.
+    decay of the averaged weights that are kept; clip the largest gradient norm. teacher and init_from name saved models;
+    teacher="exact" is the closed-form denoiser of the training data. Raises ValueError or TypeError for a bad value.
     """
 
     name: str
@@ -51,6 +52,11 @@ class Recipe:
         whole("iterations", self.iterations)
         whole("batch", self.batch)
         positive("lr", self.lr)
+        positive("clip", self.clip)
+        whole("warmup", self.warmup, 0)
+        whole("seed", self.seed, 0)
+        for name, share in (("decay", self.decay), ("ema", self.ema), *(("betas", beta) for beta in self.betas)):
+            within(name, share, 0, 1)
         known("optimizer", self.optimizer, ["adamw", "radam"])
 
     def replace(self, **changes) -> Recipe:
@@ -144,7 +150,7 @@ _ALL = [
     Recipe(
         "moons-cd", "moons", MOONS_NET,
         ConsistencyDistillation(**MOONS, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.03)), iterations=1500, batch=384,
-        bf16=False,
+        bf16=False, teacher="exact",
         cost="30 s", expected="one call within 1.3 x its teacher's sliced Wasserstein",
     ),
     Recipe(

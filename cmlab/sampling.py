@@ -294,7 +294,7 @@ def ternary_search(metric: Callable[[float], float], low: float, high: float, ca
     """The sigma in [low, high] with the smallest metric, if it falls and then rises; searched on a log scale.
 
     metric(sigma) -> float, smaller is better (say the FD of two-step samples). About `calls` evaluations.
-    Song et al. (2023), app. C search the multistep times this way.
+    Song et al. (2023), sec. 3 ("Sampling") search the multistep times this way.
     """
     if not 0 < low < high:
         raise ValueError(f"need 0 < low < high, got {low} and {high}")
@@ -317,9 +317,12 @@ def search_sigmas(
     between the last level and the lowest candidate. Returns `steps` descending sigmas, beginning with sigma_max.
     """
     known("method", method, ["greedy", "ternary"])
-    sigmas, low = [float(sigma_max)], float(min(candidates))
+    candidates = [float(c) for c in candidates]
+    if not candidates:
+        raise ValueError("candidates must hold one noise level or more, got none")
+    sigmas, low = [float(sigma_max)], min(candidates)
     while len(sigmas) < whole("steps", steps):
-        lower = [float(c) for c in candidates if c < sigmas[-1]]
+        lower = [c for c in candidates if c < sigmas[-1]]
         if not lower:
             raise ValueError(f"no candidate lies below {sigmas[-1]:g}: {steps} steps need more or lower candidates")
         if method == "greedy":

@@ -37,7 +37,13 @@ def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
 
 
 def boundary_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in of Song et al. (2023), app. C: c_skip = 1 and c_out = 0 exactly at sigma_min."""
+    """c_skip, c_out, c_in of Song et al. (2023), app. C: c_skip = 1 and c_out = 0 exactly at sigma_min.
+
+    Raises ValueError for a sigma below sigma_min, where no trajectory goes (looked at on the CPU only, as in per_image).
+    """
+    looked_at = sigma.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and (sigma < sigma_min * (1 - 1e-6)).any():  # sigma_min itself may have been rounded
+        raise ValueError(f"sigma must be at least sigma_min = {sigma_min:g}, got {sigma.min():g}")
     above, total = sigma - sigma_min, sigma**2 + sigma_data**2
     c_skip = 1 / (1 + (above / sigma_data) ** 2)  # in this form exactly 1 at sigma_min, whatever sigma_data
     c_out = above * sigma_data / total.sqrt()  # zero at sigma_min: the network cannot move x there

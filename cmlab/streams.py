@@ -1,7 +1,7 @@
 """Random streams: every draw takes a generator, so that a seed means the same picture whatever the batch size.
 
 A generator is None (torch's global one), a torch.Generator, or one of the streams below, which carry the names of the
-released code: "dummy", "determ" and "determ-indiv".
+released code: "dummy", "determ" and "determ-indiv". Training draws take the first two: there, samples have no numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from cmlab.checks import known, whole
 
 
 def randn(shape: tuple[int, ...], generator=None, device=None, dtype=None) -> Tensor:
-    """Standard normal draws of the given shape from any generator."""
+    """Standard normal draws of the given shape from any generator. Raises TypeError for what is none."""
+    _check(generator)
     if hasattr(generator, "randn"):
         return generator.randn(*shape).to(device=device, dtype=dtype)
     source = generator.device if generator is not None else device
@@ -25,34 +26,54 @@ def randn_like(x: Tensor, generator=None) -> Tensor:
     return randn(tuple(x.shape), generator, x.device, x.dtype)
 
 
+def _check(generator) -> None:
+    if not (generator is None or isinstance(generator, torch.Generator) or hasattr(generator, "randn")):
+        raise TypeError(
+            f"generator must be None, a torch.Generator or a stream of get_generator, got {generator!r}; "
+            "for a seed write torch.Generator().manual_seed(seed)"
+        )
+
+
 def rand(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Uniform draws in [0, 1) of the given shape."""
+    """Uniform draws in [0, 1) of the given shape, from torch's global generator or a torch.Generator."""
+    _check(generator)
     return torch.rand(shape, generator=generator, device=None if generator is None else generator.device)
 
 
 def randint(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """Uniform integers in [low, high) of the given shape."""
+    """Uniform integers in [low, high) of the given shape, from torch's global generator or a torch.Generator."""
+    _check(generator)
     return torch.randint(low, high, shape, generator=generator, device=None if generator is None else generator.device)
 
 
 class Streams:
     """Draws that belong to samples, not to batches: sample i of num_samples gets the same numbers in any batch, on any rank.
 
-    individual=True ("determ-indiv") keeps one generator a sample, seeded i + num_samples seed. individual=False ("determ")
+    individual=True ("determ-indiv") keeps one generator a sample, seeded i + stride seed; stride is num_samples, as in the
+    released code, unless given: with a stride of its own a sample is the same however many there are. individual=False ("determ")
     draws for all samples at once and hands out the rows asked for. set_done_samples(k) says that the next batch starts at
     sample k (times world_size ranks, interleaved). Numbers come from torch's CPU generator, so they do not depend on the device.
     """
 
-    def __init__(self, num_samples: int, seed: int = 0, individual: bool = True, rank: int = 0, world_size: int = 1):
-        self.num_samples, self.seed = whole("num_samples", num_samples), seed
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        individual: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        stride: int | None = None,
+    ):
+        self.num_samples, self.seed = whole("num_samples", num_samples), whole("seed", seed, 0)
+        self.stride = num_samples if stride is None else whole("stride", stride, num_samples)
         self.rank, self.world_size, self.individual = rank, world_size, individual
         self.done = 0
         self._seed_all()
 
     def _seed_all(self) -> None:
         if self.individual:
-            seeds = range(self.num_samples * self.seed, self.num_samples * (self.seed + 1))
-            self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+            first = self.stride * self.seed
+            self.generators = [torch.Generator().manual_seed(first + i) for i in range(self.num_samples)]
         else:
             self.generators = [torch.Generator().manual_seed(self.seed)]
 
@@ -88,12 +109,15 @@ class GlobalStream:
     """torch's global generator behind the same calls: the released code's "dummy"."""
 
     def randn(self, *shape: int) -> Tensor:
+        """Standard normal draws."""
         return torch.randn(shape)
 
     def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal draws with the shape, dtype and device of x."""
         return torch.randn_like(x)
 
     def randint(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+        """Uniform integers in [low, high)."""
         return torch.randint(low, high, shape)
 
     def set_done_samples(self, done: int) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cmlab.batch import CELL_TIMEOUT, Job, RunFolder, free_name, title_of, usable_folder
-from cmlab.checks import unknown
+from cmlab.batch import CELL_TIMEOUT, Job, RunFolder, free_name, title_of
+from cmlab.checks import alone, unknown, untaken, whole
 from cmlab.lessons import fast_mode
 
 
@@ -52,6 +52,7 @@ def run_tour(
     Interrupted on Ctrl-C.
     """
     if resume is not None:
+        alone("--resume", only=tuple(only), fast=fast, output=output)
         run = RunFolder.load(resume)
     else:
         fast = fast or fast_mode()
@@ -59,11 +60,7 @@ def run_tour(
             Job(path.stem, str(path), {"fast": True} if fast else {}, title_of(path))
             for path in find_lessons(only, notebooks)
         ]
-        folder = output or free_name(Path("runs"), "tour")
-        if (folder / "results.json").exists():
-            raise ValueError(
-                f"{folder} holds a run already: go on with it with --resume {folder}, or choose another --output"
-            )
+        folder = untaken(output or free_name(Path("runs"), "tour"), "results.json")
         run = RunFolder(folder, "A tour of consistency models", "cmlab tour", jobs, fast)
     run.run(timeout)
     return run
@@ -72,6 +69,7 @@ def run_tour(
 # --- sweeps ---------------------------------------------------------------------------------------------------------
 
 SWEEP_KEYS = ["notebook", "notebooks", "parameters", "grid", "timeout"]
+SHAPES = {"parameters": "{fast: true}", "grid": "{seed: [0, 1, 2]}"}
 
 
 def run_sweep(sweep: Path, output: Path | None = None, resume: Path | None = None) -> RunFolder:
@@ -82,16 +80,17 @@ def run_sweep(sweep: Path, output: Path | None = None, resume: Path | None = Non
         grid: {seed: [0, 1, 2], lr: [1.0e-3, 1.0e-4]}             # one run for every combination
         timeout: 600                                              # seconds a cell
 
-    Writes results.csv (a row a run) beside results.json. Raises ValueError for a file, parameter name or value that
+    Writes results.csv (a row a run) beside results.json. Raises ValueError or TypeError for a file, parameter name or value that
     does not fit, before anything runs; Interrupted on Ctrl-C.
     """
     jobs, timeout = plan_sweep(sweep)
     if resume is not None:
+        alone("--resume", output=output)
         run = RunFolder.load(resume)
         if [(job.name, job.parameters) for job in run.jobs] != [(job.name, job.parameters) for job in jobs]:
             raise ValueError(f"{resume} belongs to another sweep than {sweep}: start without --resume")
     else:
-        folder = usable_folder(output or free_name(Path("runs"), "sweep"))
+        folder = untaken(output or free_name(Path("runs"), "sweep"), "results.json")
         run = RunFolder(folder, f"Sweep {sweep.stem}", f"cmlab batch {sweep}", jobs)
     try:
         run.run(timeout)
@@ -117,11 +116,15 @@ def plan_sweep(sweep: Path) -> tuple[list[Job], int]:
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ValueError(f"{sweep} must name its notebook: path, or notebooks: [path, …]")
     fixed, grid = plan.get("parameters") or {}, plan.get("grid") or {}
+    for name, value in (("parameters", fixed), ("grid", grid)):
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{sweep}: {name} must be names with values, such as {name}: {SHAPES[name]}, got {value!r}"
+            )
     if not all(isinstance(values, list) and values for values in grid.values()):
         raise ValueError(f"{sweep}: every entry of grid must be a list of values, such as seed: [0, 1, 2]")
-    return list(_combinations([_beside(sweep, name) for name in named], fixed, grid)), int(
-        plan.get("timeout", CELL_TIMEOUT)
-    )
+    timeout = whole(f"{sweep}: timeout", plan.get("timeout", CELL_TIMEOUT))
+    return list(_combinations([_beside(sweep, name) for name in named], fixed, grid)), timeout
 
 
 def _beside(sweep: Path, name: str) -> Path:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cmlab import checkpoints
-from cmlab.checks import whole
+from cmlab.checks import untaken, whole
 from cmlab.data import Data, load_data
+from cmlab.exact import DatasetDenoiser
 from cmlab.models import build
 from cmlab.objectives import ProgressiveDistillation
 from cmlab.recipes import Recipe, get_recipe
@@ -47,7 +48,7 @@ class Record:
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss stopped being a finite number. The message names the step, the noise levels and the last good checkpoint."""
+    """The loss or its gradient stopped being finite. The message names the step, the noise levels and the last good checkpoint."""
 
 
 def train(
@@ -62,12 +63,16 @@ def train(
 ) -> Iterator[Record]:
     """Trains a recipe; yields a Record a step. `*_, last = train("digits-cd")` gives the model as last.model.
 
-    data and teacher default to the recipe's own (the teacher: its embedded model); any denoiser serves as teacher.
+    data and teacher default to the recipe's own (the teacher: an embedded model or "exact", the data's own denoiser); any
+    denoiser serves as teacher.
     With a folder the state is saved every save_every steps and at the end (state.pt, atomically), and the final model as
     <folder>/model; resume=True goes on from the state found there. Raises FileNotFoundError if there is none, ValueError if
-    it belongs to another recipe, TrainingDiverged when the loss is no finite number.
+    it belongs to another recipe, if a folder to start in holds a run or if a teacher is missing, TrainingDiverged when the
+    loss or its gradient is not finite.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if folder is not None and not resume:
+        untaken(Path(folder), "state.pt")
     run = Run(recipe, data or load_data(recipe.data), teacher, device, recipe.seed if seed is None else seed)
     whole("save_every", save_every)
     if resume:
@@ -99,7 +104,7 @@ class Run:
             raise ValueError(f"batch {recipe.batch} does not divide over {self.accelerator.num_processes} processes")
         self.bf16 = recipe.bf16 and multiplies_bf16(self.accelerator.device)
         student = self._new_student()
-        teacher = teacher or (checkpoints.load(recipe.teacher) if recipe.teacher else None)
+        teacher = teacher or self._own_teacher()
         if isinstance(teacher, nn.Module):  # an exact denoiser is a plain function
             teacher = teacher.eval().requires_grad_(False).to(self.accelerator.device)
         self.teacher, self.teacher_is_own = teacher, False
@@ -117,6 +122,17 @@ class Run:
         return MODELS[r.objective.model_kind](
             net, self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
         ).train()
+
+    def _own_teacher(self) -> Callable | None:
+        if self.recipe.teacher == "exact":
+            return DatasetDenoiser(self.data.images, self.data.labels if self._conditional else None)
+        if self.recipe.teacher is None and self.recipe.objective.needs_teacher:
+            raise ValueError(f"recipe {self.recipe.name} distils and names no teacher: give one, train(…, teacher=…)")
+        return checkpoints.load(self.recipe.teacher) if self.recipe.teacher else None
+
+    @property
+    def _conditional(self) -> bool:
+        return self.recipe.network.get("num_classes") is not None
 
     def _new_target(self, student: nn.Module) -> AveragedModel | None:
         if self.recipe.objective.mu(self.recipe.iterations, self.recipe.iterations) == 0:
@@ -145,9 +161,10 @@ class Run:
         self._change_teacher()
         losses, levels = self._losses()
         loss = losses.mean()
-        self._check_finite(self.accelerator.gather(losses.detach()), levels, folder)
+        self._check_finite("loss", self.accelerator.gather(losses.detach()), levels, folder)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
+        self._check_finite("gradient", torch.as_tensor(norm).expand(len(losses)), levels, folder)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
@@ -176,7 +193,7 @@ class Run:
         n, rank, ranks = self.recipe.batch, self.accelerator.process_index, self.accelerator.num_processes
         index = randint(0, len(self.data.images), (n,), generator)
         images, labels = self.data.batch(index, generator)
-        if self.recipe.network.get("num_classes") is None:
+        if not self._conditional:
             labels = None  # an unconditional network on data that has labels
         noise = randn(tuple(images.shape), generator)
         levels = self.recipe.objective.levels(n, self.step, self.recipe.iterations, generator)
@@ -199,15 +216,16 @@ class Run:
     def _take_over(self) -> None:
         self.teacher, self.teacher_is_own = copy.deepcopy(self.ema.module).eval().requires_grad_(False), True
 
-    def _check_finite(self, losses: Tensor, levels, folder: str | Path | None) -> None:
-        if torch.isfinite(losses).all():
+    def _check_finite(self, what: str, values: Tensor, levels, folder: str | Path | None) -> None:
+        """values (B,), one a noise level. Raises TrainingDiverged: the weights are still those before this step."""
+        if torch.isfinite(values).all():
             return
-        where = self.accelerator.gather(levels[0])[~torch.isfinite(losses)].tolist()[:3]
+        where = self.accelerator.gather(levels[0])[~torch.isfinite(values)].tolist()[:3]
         state = None if folder is None else Path(folder) / "state.pt"
         last = (
             f"the last good checkpoint is {state}" if state and state.exists() else "no checkpoint was kept (no folder)"
         )
-        raise TrainingDiverged(f"loss is not finite at step {self.step + 1}, sigma {where}; {last}")
+        raise TrainingDiverged(f"{what} is not finite at step {self.step + 1}, sigma {where}; {last}")
 
     def save(self, folder: str | Path) -> None:
         """Writes <folder>/state.pt: all that the next step depends on. Atomic: a cut leaves the previous state."""

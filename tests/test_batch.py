@@ -281,6 +281,10 @@ def test_a_finished_sweep_resumes_without_running(sweep, tmp_path):
     assert [job.seconds for job in run_sweep(path, resume=tmp_path / "run").jobs] == [12.5]
     with pytest.raises(ValueError, match="belongs to another sweep"):
         run_sweep(sweep("grid: {seed: [5]}"), resume=tmp_path / "run")
+    with pytest.raises(ValueError, match="run holds a run already: .*--resume"):
+        run_sweep(path, tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume: leave out output"):
+        run_sweep(path, tmp_path / "other", resume=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -295,10 +299,14 @@ def test_a_finished_sweep_resumes_without_running(sweep, tmp_path):
         ("grid: {fast: [1]}", "fast must be of type bool, got 1"),
         ("grid: {seed: 1}", "every entry of grid must be a list"),
         ("grid: [1", "is no YAML file"),
+        ("grid: 3", r"sweep.yaml: grid must be names with values, such as grid: \{seed: \[0, 1, 2\]\}, got 3"),
+        ("parameters: 3", "sweep.yaml: parameters must be names with values, such as parameters: {fast: true}, got 3"),
+        ("timeout: soon", "sweep.yaml: timeout must be a whole number, got 'soon'"),
+        ("timeout: -5", "sweep.yaml: timeout must be at least 1, got -5"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(sweep, text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         plan_sweep(sweep(text))
 
 

@@ -117,9 +117,12 @@ def test_a_full_disk_leaves_the_previous_version(folder):
     assert parts(folder.parent) == ["model"]
 
 
-def test_a_save_killed_between_its_two_renames_is_healed_by_the_next_load(folder):
+def test_a_save_between_its_two_renames_can_be_read_and_is_healed_by_the_next_save(folder):
     folder.rename(folder.with_name(".model.previous"))  # the state at that moment
-    assert isinstance(checkpoints.load(folder), ConsistencyModel) and parts(folder.parent) == ["model"]
+    assert isinstance(checkpoints.load(folder), ConsistencyModel)
+    assert parts(folder.parent) == [".model.previous"], "reading must not rename under a save that goes on"
+    checkpoints.save(random_model(Denoiser), folder)
+    assert isinstance(checkpoints.load(folder), Denoiser) and parts(folder.parent) == ["model"]
 
 
 KILLED = """
@@ -205,7 +208,7 @@ DAMAGES = [
     (lambda f: (f / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "is not a config of this package"),
     (lambda f: change_config(f, format=2), "format must be 1, got 2"),
     (lambda f: change_config(f, kind="consistancy"), "unknown kind .*'consistancy'. Did you mean 'consistency'"),
-    (lambda f: (f / "config.json").write_text('{"format": 1, "kind": "denoiser"}'), "lacks network, sigma_data"),
+    (lambda f: (f / "config.json").write_text('{"format": 1, "kind": "denoiser"}'), "lacks network, shape, sigma_data"),
     (lambda f: change_config(f, sigma_data="half", network=[]), "lacks network, sigma_data, or has something else"),
     (lambda f: change_config(f, sigma_min=-1.0), "need 0 < sigma_min <= sigma_max, got -1.0"),
     (lambda f: change_config(f, network={"name": "mpl"}), "unknown network 'mpl'. Did you mean 'mlp'"),
@@ -220,6 +223,12 @@ def test_a_damaged_or_foreign_folder_is_refused_with_the_reason(folder, damage, 
     damage(folder)
     with pytest.raises(ValueError, match=message):
         checkpoints.load(folder)
+
+
+def test_a_device_that_is_not_there_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda:0' is not usable: this torch .* finds no GPU here; take 'cpu'"):
+        checkpoints.load(folder, device="cuda:0")
 
 
 def test_names_and_paths_that_are_no_model_are_refused(folder, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,8 +80,15 @@ def test_misuse_exits_with_2(capsys):
         ),
         ("sample digits-edm --sampler huen", "Did you mean 'heun'"),
         ("sample digits-cd --steps 2 --sampler onestep", "the onestep sampler makes one step, got steps 2"),
-        ("sample digits-cd --output samples.npy", "samples are written as .npz, got samples.npy"),
-        ("sample digits-cd --num 1 --output file/a.npz", "cannot write file/a.npz: "),
+        ("sample digits-cd --output samples.npy", "the output is a .npz file, got samples.npy"),
+        ("sample digits-cd --num 1 --output file/a.npz", "cannot write to the output folder"),
+        ("edit digits-cd inpaint held-out:0 --output a.jpg", "the output is a .png file, got a.jpg"),
+        ("edit digits-cd inpaint held-out:0 --output file/a.png", "cannot write to the output folder"),
+        ("sample digits-cd --device cuda", "device 'cuda' is not usable: this torch"),
+        ("train moons-edm --output run --resume run", "--resume: leave out output, which would have no effect"),
+        ("train digits-classifier --iterations 5 --seed 1", "digits-classifier: leave out iterations, seed"),
+        ("tour --resume run --fast --only 02", "--resume: leave out only, fast"),
+        ("tour --lab --fast", "--lab: leave out fast"),
         ("edit digits-cd inpait held-out:0", "unknown task 'inpait'. Did you mean 'inpaint'"),
         ("edit digits-edm inpaint held-out:0", "editing needs a consistency model, got a denoiser"),
         ("edit digits-cd inpaint held-out:360", "held-out:N takes a number 0 … 359, got 'held-out:360'"),
@@ -226,13 +234,19 @@ def test_doctor_finds_this_environment_ready(capsys):
     assert all("-> " in out.splitlines()[k + 1] for k in missing), "what is missing comes with what to do"
 
 
+def test_doctor_looks_for_every_package_of_the_project_file():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    named = re.findall(r'^    "([\w-]+)', text.partition("\ndependencies")[2].partition("\n]")[0], re.M)
+    assert "torch" in named and sorted(doctor.required()) == sorted(named)
+
+
 def test_doctor_tells_a_missing_package_and_a_damaged_model(capsys, monkeypatch, tmp_path):
     shutil.copytree(checkpoints.EMBEDDED_FOLDER / "digits-cd", tmp_path / "digits-cd")
     weights = tmp_path / "digits-cd" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     monkeypatch.setattr(checkpoints, "EMBEDDED_FOLDER", tmp_path)
     monkeypatch.setattr(checkpoints, "EMBEDDED", ("digits-cd",))
-    monkeypatch.setattr(doctor, "REQUIRED", ["torch", "a-package-that-is-not-there"])
+    monkeypatch.setattr(doctor, "required", lambda: ["torch", "a-package-that-is-not-there"])
     code, out, _ = outcome(capsys, "doctor")
     assert code == 1 and "not ready: a-package-that-is-not-there, digits-cd" in out
     assert "run: bash installations.sh" in out and "git checkout cmlab/embedded/digits-cd" in out

@@ -1,10 +1,12 @@
+import lpips
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import draws
+from torchvision.models import squeezenet1_1
+from toys import draws, saved, weights_file
 
-from cmlab.distances import LPIPS, PseudoHuber, get_distance, l1, l2, load_lpips
+from cmlab.distances import BACKBONES, LPIPS, PseudoHuber, l1, l2, load_lpips
 
 
 @pytest.mark.parametrize(
@@ -53,19 +55,35 @@ def test_lpips_leaves_large_images_at_their_size():
     assert seen[0].shape == (1, 3, 256, 256)
 
 
-def test_missing_backbone_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no network, at once
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+def test_lpips_is_the_authors_network_on_the_backbone_of_the_file(offline, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone, theirs = squeezenet1_1(), lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
+    for number in range(1, 8):
+        getattr(theirs.net, f"slice{number}").load_state_dict(slice_of(backbone, theirs, number))
+    address = weights_file(offline, saved(backbone.state_dict())).as_uri()
+    monkeypatch.setitem(BACKBONES, "squeeze", address)
+    a, b, before = draws(2, 3, 224, 224).clamp(-1, 1), draws(2, 3, 224, 224, seed=1).clamp(-1, 1), torch.get_rng_state()
+    ours = LPIPS("squeeze")(a, b)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.allclose(ours, theirs(a, b).flatten(), rtol=1e-4) and ours.min() > 1e-3
+
+
+def slice_of(backbone, network, number):
+    """The layers of torchvision's network that lpips calls one slice, under lpips' names."""
+    own = getattr(network.net, f"slice{number}").state_dict()
+    return {key: backbone.features.state_dict()[key] for key in own}
+
+
+def test_missing_backbone_says_what_to_fetch_and_where_to_put_it(offline):
     with pytest.raises(
-        FileNotFoundError, match=r"LPIPS needs the vgg .*hub/checkpoints.*Fetch https://download.pytorch.org/models/vgg16-397923af"
+        FileNotFoundError,
+        match=r"LPIPS needs the vgg .*hub/checkpoints.*Fetch https://download.pytorch.org/models/vgg16-397923af",
     ):
         load_lpips("vgg")
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="unknown distance 'lpisp'. Did you mean 'lpips'"):
-        get_distance("lpisp")
     with pytest.raises(ValueError, match=r"b must have shape \(1, 2\), got \(1, 3\)"):
         l2(torch.zeros(1, 2), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="c must be a finite number above 0, got 0"):

@@ -113,6 +113,8 @@ def test_noise_of_a_picture_leads_back_to_it():
             r"mask of shape \(8, 8\) does not fit images \(2, 3, 16, 16\)",
         ),
         (lambda m, x: Inpaint(torch.full((16, 16), 0.5)), "mask must hold only 0"),
+        (lambda m, x: Inpaint([[1]]), "mask must be a torch tensor, got list"),
+        (lambda m, x: edit(m, "inpaint", x, SIGMAS), r"task must be a Task, such as Inpaint\(mask\), got 'inpaint'"),
         (lambda m, x: Inpaint(MASK).measure(x / 0), "images must be finite"),
         (lambda m, x: Colorize().measure(x[:, :1]), "Colorize takes images of 3 channels, got 1"),
         (lambda m, x: SuperResolve(5).measure(x), "factor 5 does not divide the image size 16 x 16"),

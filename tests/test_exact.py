@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -69,6 +71,15 @@ def test_the_denoiser_is_the_best_one():
         (
             lambda: DatasetDenoiser(torch.zeros(2, 2), torch.zeros(2))(torch.zeros(1, 2), 1.0, torch.tensor([7])),
             "got 7",
+        ),
+        (lambda: DatasetDenoiser(torch.zeros(2, 2))(torch.full((1, 2), math.nan), 1.0), "x must be finite, got 2 NaN"),
+        (
+            lambda: DatasetDenoiser(torch.zeros(2, 2), torch.zeros(2))(torch.zeros(3, 2), 1.0, torch.tensor([0])),
+            r"labels must have shape \(3,\), got \(1,\)",
+        ),
+        (
+            lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), 1.0)(torch.full((1, 2), math.inf), 1.0),
+            "x must be finite",
         ),
         (lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), -1.0), "stds must be 2 numbers, none negative"),
     ],

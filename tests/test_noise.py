@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cmlab.noise import (
     LogNormal,
+    add_noise,
     index_of,
     karras_sigmas,
     lognormal_index,
@@ -47,6 +48,13 @@ def test_one_level_is_sigma_max():
         (lambda: karras_sigmas(5, rho=math.nan), "rho must be a finite number above 0, got nan"),
         (lambda: sigma_at(40, 40), "index must lie in 0 … 39, got 40"),
         (lambda: index_of(81.0, 40), r"sigma must lie in \[0.002, 80.0\], got 81"),
+        (lambda: index_of(math.nan, 40), "sigma must lie in .*, got nan"),
+        (lambda: sigma_at(math.nan, 40), "index must lie in 0 … 39, got nan"),
+        (lambda: add_noise(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2)), r"noise must have shape \(2, 3\)"),
+        (lambda: add_noise(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(1)), r"sigma must have shape \(2,\)"),
+        (lambda: LogNormal(std=0.0), "std must be a finite number above 0, got 0"),
+        (lambda: lognormal_index(2, karras_sigmas(5), std=-1.0), "std must be a finite number above 0, got -1"),
+        (lambda: weighting("karras", torch.zeros(1)), "sigma must be above 0, got 0"),
         (lambda: weighting("kerras", torch.ones(1)), "Did you mean 'karras'"),
         (lambda: weighting("inverse-gap", torch.ones(1)), "needs the lower level"),
         (lambda: scales_sqrt(11, 10), "step must lie in 0 … 10, got 11"),
@@ -95,3 +103,16 @@ def test_discretised_lognormal_gives_each_interval_its_mass():
 def test_uniform_indices_reach_every_interval_and_no_further():
     index = uniform_index(10_000, 18, torch.Generator().manual_seed(0))
     assert sorted(set(index.tolist())) == list(range(17))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "levels"),
+    [  # K = 800: K' = floor(800 / (log2 floor(end / start) + 1))
+        (10, 1280, {0: 11, 99: 11, 100: 21, 399: 81, 400: 161, 699: 641, 700: 1281, 800: 1281}),  # K' = 800 / 8
+        (10, 50, {0: 11, 239: 11, 240: 21, 479: 21, 480: 41, 719: 41, 720: 51, 800: 51}),  # K' = floor(800 / 3.32)
+        (10, 59, {239: 11, 240: 21, 480: 41, 719: 41, 720: 60}),  # 59 / 10 is floored: the same K'
+        (10, 10, {0: 11, 799: 11, 800: 11}),
+    ],
+)
+def test_doubling_curriculum_is_the_papers_formula(start, end, levels):
+    assert {k: scales_doubling(k, 800, start, end) for k in levels} == levels

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -179,3 +180,93 @@ def test_distillation_without_a_teacher_is_refused(objective):
 def test_noise_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"noise must have shape \(16, 1, 8, 8\), got \(15, 1, 8, 8\)"):
         EDM()(random_model(Denoiser), batch()[0], None, batch()[2][:15], torch.ones(16))
+
+
+def test_iCT_draws_its_levels_from_the_papers_discretised_lognormal():
+    """Doubling from 10 to 1280 intervals, and on the 40 of the third stage N(-1.1, 2^2) between the logs of the levels."""
+    objective, n = ImprovedConsistencyTraining(), 1_000_000
+    assert [objective.scales(k, 800) for k in (0, 100, 250, 799)] == [11, 21, 41, 1281]
+    high, low = objective.levels(n, 250, 800, torch.Generator().manual_seed(0))
+    ramp = torch.arange(41, dtype=torch.float64) / 40
+    ends = (80 ** (1 / 7) * (1 - ramp) + 0.002 ** (1 / 7) * ramp) ** 7
+    interval = (high[:, None] < 0.9999 * ends).sum(1)
+    assert torch.allclose(high, ends[interval]) and torch.allclose(low, ends[interval + 1])
+    cdf = torch.erf((ends.log() + 1.1) / (2 * math.sqrt(2)))
+    share, mass = interval.bincount(minlength=40) / n, (cdf[:-1] - cdf[1:]) / (cdf[0] - cdf[-1])
+    assert (share - mass).abs().max() < 1.2e-3  # five standard deviations of the largest share
+
+
+def test_the_target_of_CT_follows_its_grid_and_without_mu_0_there_is_none():
+    scales = {0: 2, 100: 48, 500: 107, 1000: 151}  # ceil(sqrt(k / K (151^2 - 2^2) + 2^2) - 1) + 1
+    objective = ConsistencyTraining(mu_0=0.9)
+    assert {k: objective.scales(k, 1000) for k in scales} == scales
+    assert [objective.mu(k, 1000) for k in scales] == pytest.approx([0.9 ** (2 / (n - 1)) for n in scales.values()])
+    assert all(o.mu(k, 1000) == 0 for o in (ConsistencyTraining(mu_0=0), ImprovedConsistencyTraining()) for k in scales)
+
+
+@pytest.mark.parametrize("rho", [7.0, 3.0])
+def test_CD_in_two_substeps_halves_the_interval_in_the_grids_spacing(rho):
+    teacher, (images, _, noise) = random_model(Denoiser), batch(3)
+    high, low = torch.tensor([20.0, 1.0, 0.1]), torch.tensor([5.0, 0.4, 0.002])
+    middle = ((high ** (1 / rho) + low ** (1 / rho)) / 2) ** rho
+    x = x_high = add_noise(images, noise, high)
+    for sigma, after in ((high, middle), (middle, low)):
+        gap, slope = (after - sigma)[:, None, None, None], (x - teacher(x, sigma)) / sigma[:, None, None, None]
+        ahead = x + gap * slope
+        x = x + gap / 2 * (slope + (ahead - teacher(ahead, after)) / after[:, None, None, None])
+    objective = ConsistencyDistillation(substeps=2, rho=rho)
+    assert torch.allclose(objective.step_down(x_high, images, noise, high, low, None, teacher), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "lows"),
+    [  # n(0.01) = 4.980000, n(1) = 3.151531, n(5) = 1.053543 for k = 8, b = 1
+        ({}, 0, [0.002, 0.002, 2.366143]),
+        ({}, 2, [0.003775, 0.606059, 4.341536]),
+        ({}, 5, [0.009222, 0.950757, 4.917692]),
+        ({"k": 4.0}, 2, [0.006262, 0.740529, 4.358268]),
+        ({"b": 2.0}, 2, [0.003800, 0.755797, 4.374773]),
+        ({"q": 4.0}, 2, [0.009222, 0.950757, 4.917692]),
+    ],
+)
+def test_ECT_maps_each_level_by_the_formula_of_its_stage(options, stage, lows):
+    """low = high (1 - n / q^(stage + 1)), n(t) = 1 + k / (1 + e^(b t)), and never below 0.002."""
+    highs = torch.tensor([0.01, 1.0, 5.0], dtype=torch.float64)
+    objective = EasyConsistencyTuning(sigmas=lambda n, generator: highs, **options)
+    for step in (100 * stage, 100 * stage + 99):
+        high, low = objective.levels(3, step, 600)
+        assert torch.equal(high, highs) and low.tolist() == pytest.approx(lows, abs=1e-6)
+
+
+def test_PD_halves_a_step_of_its_grid_at_half_an_index():
+    objective = ProgressiveDistillation(start=16, stage_steps=100)
+    for step, intervals in ((0, 16), (150, 8), (250, 4)):
+        levels = objective.levels(500, step, 1000, torch.Generator().manual_seed(0))
+        high, middle, low = (
+            intervals * (80 ** (1 / 7) - v ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7)) for v in levels
+        )
+        assert high.round().unique().tolist() == list(range(intervals)) and torch.allclose(high, high.round())
+        assert torch.allclose(middle, high + 0.5) and torch.allclose(low, high + 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: EDM(weight="kharas"), "unknown weighting 'kharas'. Did you mean 'karras'"),
+        (lambda: EDM(rho=0.0), "rho must be a finite number above 0, got 0"),
+        (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "need 0 < sigma_min <= sigma_max, got 2.0 and 1.0"),
+        (lambda: ConsistencyTraining(mu_0=1.5), r"mu_0 must lie in \[0, 1\], got 1.5"),
+        (lambda: ConsistencyTraining(start=20, end=10), "end must be at least 20, got 10"),
+        (lambda: ConsistencyDistillation(num_scales=1), "num_scales must be at least 2, got 1"),
+        (lambda: ConsistencyDistillation(substeps=0), "substeps must be at least 1, got 0"),
+        (lambda: ConsistencyDistillation(solver="huen"), "Did you mean 'heun'"),
+        (lambda: ImprovedConsistencyTraining(std=0.0), "std must be a finite number above 0, got 0"),
+        (lambda: EasyConsistencyTuning(stages=0), "stages must be at least 1, got 0"),
+        (lambda: EasyConsistencyTuning(q=0.0), "q must be a finite number above 0, got 0"),
+        (lambda: ProgressiveDistillation(start=1), "start must be at least 2, got 1"),
+        (lambda: ProgressiveDistillation(stage_steps=0), "stage_steps must be at least 1, got 0"),
+    ],
+)
+def test_an_objective_that_makes_no_sense_is_refused_when_it_is_made(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

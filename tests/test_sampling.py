@@ -158,6 +158,7 @@ def test_greedy_search_takes_the_best_candidate_of_each_round():
         (lambda m, z: sample_ts(m, z, [0, 10, 39], noises=z[None]), r"noises must have shape \(2, 2, 1, 8, 8\)"),
         (lambda m, z: sample_onestep(m, z.int()), "noise must be a floating-point tensor"),
         (lambda m, z: sample_onestep(m, z[:, :, :4]), r"x must have shape \(2, 1, 8, 8\), got \(2, 1, 4, 8\)"),
+        (lambda m, z: search_sigmas(len, 2, 1.0, []), "candidates must hold one noise level or more, got none"),
         (lambda m, z: search_sigmas(len, 4, 1.0, [0.5]), "steps need more or lower candidates"),
     ],
 )

@@ -89,3 +89,10 @@ def test_bad_ranges_are_named():
         Denoiser(Constant(), sigma_data=0)
     with pytest.raises(ValueError, match="need 0 < sigma_min <= sigma_max"):
         ConsistencyModel(Constant(), sigma_min=2, sigma_max=1)
+
+
+def test_a_level_below_sigma_min_is_refused_by_a_consistency_model():
+    x = torch.zeros(2, 1, 4, 4)
+    with pytest.raises(ValueError, match="sigma must be at least sigma_min = 0.002, got 0.001"):
+        ConsistencyModel(Constant())(x, torch.tensor([1.0, 0.001]))
+    assert torch.equal(ConsistencyModel(Constant())(x, torch.tensor(0.002).float()), x), "rounded to float32"

@@ -60,6 +60,9 @@ def test_a_network_can_be_rebuilt_from_its_config():
         (lambda net: net(draws(2, 1, 8, 8), torch.zeros(2), torch.zeros(3).long()), r"labels must be \(2,\) integers"),
         (lambda net: random_net()(draws(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long()), "unconditional network"),
         (lambda net: ResidualMLP((1, 8, 8), dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),
+        (lambda net: ResidualMLP((1, 8, 8), num_classes=0), "num_classes must be at least 1, got 0"),
+        (lambda net: ResidualMLP((1, 8, 8), embedding=15), "embedding must be even, got 15"),
+        (lambda net: ResidualMLP((1, 0, 8)), "every size in shape must be at least 1, got 0"),
         (lambda net: ResidualMLP((1, 8, 8), width=0), "width must be at least 1, got 0"),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cmlab.streams import Streams, get_generator, randn_like
+from cmlab.streams import Streams, get_generator, rand, randint, randn, randn_like
 
 
 @pytest.mark.parametrize("individual", [True, False])
@@ -31,3 +31,25 @@ def test_asking_for_more_samples_than_there_are_is_refused():
 def test_unknown_generator_names_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'determ-indiv'"):
         get_generator("determ-individual")
+
+
+def test_with_a_stride_a_sample_is_the_same_however_many_there_are():
+    few, many = (Streams(n, seed=2, stride=1000).randn(n, 3) for n in (10, 100))
+    assert torch.equal(few, many[:10])
+    assert not torch.equal(Streams(10, seed=2).randn(10, 3), Streams(100, seed=2).randn(100, 3)[:10])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: randn((2,), 7), "generator must be None, a torch.Generator or a stream of get_generator, got 7"),
+        (lambda: rand((2,), "determ"), "got 'determ'; for a seed write torch.Generator"),
+        (lambda: randint(0, 2, (2,), 1.0), "generator must be None"),
+        (lambda: Streams(2, seed=-1), "seed must be at least 0, got -1"),
+        (lambda: Streams(10, stride=9), "stride must be at least 10, got 9"),
+        (lambda: Streams(2).set_done_samples(-1), "done must be at least 0, got -1"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

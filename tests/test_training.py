@@ -10,6 +10,7 @@ import torch
 from toys import random_model
 
 from cmlab.data import load_data
+from cmlab.exact import DatasetDenoiser
 from cmlab.noise import LogNormal
 from cmlab.objectives import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmlab.recipes import RECIPES, Recipe, get_recipe
@@ -121,6 +122,41 @@ def test_a_loss_that_is_not_finite_stops_with_step_sigma_and_checkpoint(tmp_path
         list(train(SMALL, data=poisoned, device="cpu", folder=tmp_path))
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
+    run = Run(SMALL, load_data("digits"), None, "cpu", 0)
+    weight = next(run.student.parameters())
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = [p.detach().clone() for p in run.student.parameters()]
+    with pytest.raises(TrainingDiverged, match=r"gradient is not finite at step 1, sigma \[\d+\.\d+.*no checkpoint"):
+        run.advance(None)
+    assert all(torch.equal(p, q) for p, q in zip(run.student.parameters(), before, strict=True))
+
+
+def test_an_exact_teacher_is_the_denoiser_of_the_training_data():
+    run = Run(get_recipe("moons-cd").replace(iterations=1), load_data("moons"), None, "cpu", 0)
+    x = run.data.images[:5] + 0.5
+    assert torch.equal(run.teacher(x, 0.3), DatasetDenoiser(run.data.images)(x, 0.3))
+    conditional = SMALL.replace(objective=OBJECTIVES["cd with a target network"], teacher="exact")
+    digits = Run(conditional, load_data("digits"), None, "cpu", 0)
+    nearest = digits.teacher(torch.zeros(1, 1, 8, 8), 0.01, torch.tensor([3]))
+    threes = digits.data.images[digits.data.labels == 3]
+    assert (threes - nearest).flatten(1).abs().amax(1).min() < 1e-5
+
+
+def test_distillation_without_a_teacher_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="recipe small distils and names no teacher: give one"):
+        next(train(SMALL.replace(objective=OBJECTIVES["cd with a target network"]), device="cpu", folder=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    list(train(SMALL, device="cpu", folder=tmp_path))
+    before = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already: go on with it with --resume"):
+        next(train(SMALL, device="cpu", folder=tmp_path))
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
 def test_progressive_distillation_hands_over_to_the_student():
     run = Run(SMALL.replace(objective=OBJECTIVES["pd, which changes teachers"]), load_data("digits"), TEACHER, "cpu", 0)
     first = run.teacher
@@ -175,6 +211,12 @@ def test_recipes_are_named_described_and_checked():
         (lambda: SMALL.replace(iterations=0), "iterations must be at least 1, got 0"),
         (lambda: SMALL.replace(lr=float("nan")), "lr must be a finite number above 0, got nan"),
         (lambda: SMALL.replace(optimizer="adam"), "Known: adamw, radam"),
+        (lambda: SMALL.replace(clip=0.0), "clip must be a finite number above 0, got 0"),
+        (lambda: SMALL.replace(ema=1.5), r"ema must lie in \[0, 1\], got 1.5"),
+        (lambda: SMALL.replace(decay=-0.1), r"decay must lie in \[0, 1\], got -0.1"),
+        (lambda: SMALL.replace(warmup=-1), "warmup must be at least 0, got -1"),
+        (lambda: SMALL.replace(betas=(0.9, 2.0)), r"betas must lie in \[0, 1\], got 2.0"),
+        (lambda: SMALL.replace(seed=-1), "seed must be at least 0, got -1"),
         (lambda: next(train(SMALL, device="meta")), "device 'meta' was asked for, this process runs on"),
     ]:
         with pytest.raises(ValueError, match=message):

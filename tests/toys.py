@@ -1,5 +1,9 @@
 """Small deterministic models and draws that several tests share."""
 
+import hashlib
+import io
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -24,3 +28,18 @@ def random_net(shape=(1, 8, 8), num_classes=None, dropout=0.0, seed=0) -> Residu
 def random_model(kind=ConsistencyModel, **options) -> Denoiser:
     """A consistency model (or Denoiser) over a random network, in eval mode."""
     return kind(random_net(**options), sigma_data=0.5).eval().requires_grad_(False)
+
+
+def saved(what) -> bytes:
+    """What torch.save writes."""
+    file = io.BytesIO()
+    torch.save(what, file)
+    return file.getvalue()
+
+
+def weights_file(folder: Path, data: bytes) -> Path:
+    """Writes data under a name that ends in its hash, as weights are published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"weights-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    path.write_bytes(data)
+    return path

@@ -31,6 +31,12 @@ class ResidualMLP(nn.Module):
         super().__init__()
         whole("width", width)
         whole("depth", depth)
+        if num_classes is not None:
+            whole("num_classes", num_classes)
+        if whole("embedding", embedding, 2) % 2:
+            raise ValueError(f"embedding must be even, got {embedding}")
+        for size in shape:
+            whole("every size in shape", size)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         self.config = dict(
@@ -40,7 +46,7 @@ class ResidualMLP(nn.Module):
         self.shape, self.num_classes = tuple(shape), num_classes
         size = math.prod(self.shape)
         self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.label = nn.Embedding(num_classes, embedding) if num_classes else None
+        self.label = nn.Embedding(num_classes, embedding) if num_classes is not None else None
         self.enter = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, embedding, dropout) for _ in range(depth))
         self.leave = zeroed(nn.Linear(width, size))
