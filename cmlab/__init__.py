@@ -5,7 +5,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _ROOMS = [
-    "batch", "checkpoints", "data", "distances", "editing", "exact", "lessons", "metrics", "models", "noise", "objectives",
+    "batch", "checkpoints", "data", "distances", "editing", "exact", "extractors", "lessons", "metrics", "models", "noise", "objectives",
     "ode", "pictures", "plots", "recipes", "sampling", "scaling", "streams", "tour", "training", "widgets",
 ]  # fmt: skip
 _HOMES = {

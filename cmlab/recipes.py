@@ -102,7 +102,7 @@ _ALL = [
         cost="14 min", expected="FD 0.13 in one call, 0.12 in two (teacher 0.12)",
     ),
     Recipe(
-        "digits-cd-short", objective=ConsistencyDistillation(**DIGITS, **DISTIL), iterations=500, batch=1024, lr=2e-3,
+        "digits-cd-short", objective=ConsistencyDistillation(**DIGITS, **DISTIL), iterations=300, batch=1024, lr=2e-3,
         decay=0.6, teacher="digits-edm", **FROM_EDM,
         cost="2 min", expected="FD about 1.3 x its teacher's in one call",
     ),

@@ -138,6 +138,7 @@ class Run:
         if self.recipe.objective.mu(self.recipe.iterations, self.recipe.iterations) == 0:
             return None
         target = AveragedModel(student, multi_avg_fn=self._target_average).train()
+        target.n_averaged.fill_(1)  # of none, the first update would copy the student instead of averaging
         return target.to(self.accelerator.device).requires_grad_(False)
 
     def _new_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
