@@ -255,6 +255,7 @@ class RunFolder:
 
     @property
     def failed(self) -> list[Job]:
+        """The jobs that ended in an error."""
         return [job for job in self.jobs if job.status == "failed"]
 
     def run(self, timeout: int = CELL_TIMEOUT) -> None:
@@ -342,6 +343,7 @@ def free_name(parent: Path, stem: str) -> Path:
 
 
 def main(arguments: list[str]) -> int:
+    """`python -m cmlab.batch`: check notebooks (exit code 1 if one may not be committed), or run one as a child of execute."""
     if len(arguments) == 2 and arguments[0] == "execute":
         return _execute_here(json.loads(arguments[1]))
     if len(arguments) >= 2 and arguments[0] == "check":

@@ -66,6 +66,7 @@ class Inpaint(Task):
             raise ValueError("mask must hold only 0 (fill in) and 1 (keep)")
 
     def project(self, images: Tensor) -> Tensor:
+        """The known pixels, 0 elsewhere."""
         return self.mask.to(images) * images
 
     def measure(self, images: Tensor, generator=None) -> Tensor:
@@ -74,6 +75,7 @@ class Inpaint(Task):
         return self.combine(images, -torch.ones_like(images))
 
     def check(self, images: Tensor) -> None:
+        """As Task.check; the mask must fit the images."""
         super().check(images)
         padded = (1,) * (4 - self.mask.ndim) + tuple(self.mask.shape)
         fits = self.mask.ndim >= 2 and padded[2:] == tuple(images.shape[2:])
@@ -87,11 +89,13 @@ class Colorize(Task):
     """Give colour to a grey picture: the luminance 0.2989 R + 0.5870 G + 0.1140 B is kept. 3 channels only."""
 
     def project(self, images: Tensor) -> Tensor:
+        """The part of each colour along the luminance weights; what is left over is the colour to find."""
         direction = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device)
         direction = (direction / direction.norm()).reshape(3, 1, 1)
         return (images * direction).sum(1, keepdim=True) * direction
 
     def check(self, images: Tensor) -> None:
+        """As Task.check; 3 channels."""
         super().check(images)
         if images.shape[1] != 3:
             raise ValueError(f"Colorize takes images of 3 channels, got {images.shape[1]}")
@@ -107,9 +111,11 @@ class SuperResolve(Task):
         whole("factor", self.factor, 2)
 
     def project(self, images: Tensor) -> Tensor:
+        """Block means, each over its whole block."""
         return F.interpolate(F.avg_pool2d(images, self.factor), scale_factor=self.factor, mode="nearest")
 
     def check(self, images: Tensor) -> None:
+        """As Task.check; factor must divide height and width."""
         super().check(images)
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
@@ -140,6 +146,7 @@ class Denoise(_FromLevel):
         return images + self.sigma * randn_like(images, generator)
 
     def start(self, measurement: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """The noisy picture itself: it is at the first level already."""
         return measurement
 
 
@@ -153,6 +160,7 @@ class Stroke(_FromLevel):
         return images
 
     def start(self, measurement: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """The painting, noised to the first level."""
         return measurement + sigma * noise
 
 

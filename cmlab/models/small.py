@@ -77,6 +77,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """h (B, width), emb (B, embedding) -> (B, width)."""
         scale, shift = self.modulate(emb).chunk(2, dim=1)
         inner = F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
         return h + self.second(self.dropout(F.silu(self.first(inner))))

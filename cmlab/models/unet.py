@@ -199,6 +199,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, H, W) -> (B, channels, H / 2, W / 2)."""
         return self.op(x)
 
 
@@ -210,6 +211,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, H, W) -> (B, channels, 2 H, 2 W)."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
