@@ -88,11 +88,11 @@ def _churned(x, sigma, steps, s_churn, s_tmin, s_tmax, s_noise, draw, k):
 
 
 @torch.no_grad()
-def heun_states(
-    denoiser, noise, sigmas, labels=None, clip_denoised=False, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0,
+def _churned_states(
+    step, denoiser, noise, sigmas, labels, clip_denoised, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0,
     noises=None, generator=None,
 ) -> Iterator[State]:  # fmt: skip
-    """The states of sample_heun."""
+    """Karras et al. (2022), algorithm 2, with any solver step: noise up by churn, then step down."""
     model, levels = _Clipped(denoiser, clip_denoised), levels_of(sigmas)
     draw = Draws(noises, generator, len(levels), finite("noise", noise))
     x = noise * levels[0]
@@ -100,8 +100,13 @@ def heun_states(
         x, sigma_hat = _churned(x, sigma, len(levels), s_churn, s_tmin, s_tmax, s_noise, draw, k)
         denoised = model(x, sigma_hat, labels)
         yield State(k, sigma_hat, x, denoised)
-        x = heun_step(model, x, sigma_hat, next_sigma, labels, denoised)
+        x = step(model, x, sigma_hat, next_sigma, labels, denoised)
     return x
+
+
+def heun_states(denoiser, noise, sigmas, labels=None, clip_denoised=False, **churn) -> Iterator[State]:
+    """The states of sample_heun, which takes the same arguments."""
+    return _churned_states(heun_step, denoiser, noise, sigmas, labels, clip_denoised, **churn)
 
 
 def sample_heun(
@@ -112,10 +117,8 @@ def sample_heun(
 
     noises (len(sigmas), B, …) injects the churn's draws. Returns (B, …).
     """
-    states = heun_states(
-        denoiser, noise, sigmas, labels, clip_denoised, s_churn, s_tmin, s_tmax, s_noise, noises, generator
-    )
-    return _last(states, callback)
+    churn = dict(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, noises=noises, generator=generator)
+    return _last(heun_states(denoiser, noise, sigmas, labels, clip_denoised, **churn), callback)
 
 
 @torch.no_grad()
@@ -135,21 +138,9 @@ def sample_euler(denoiser, noise, sigmas, labels=None, clip_denoised=False, call
     return _last(euler_states(denoiser, noise, sigmas, labels, clip_denoised), callback)
 
 
-@torch.no_grad()
-def dpm_states(
-    denoiser, noise, sigmas, labels=None, clip_denoised=False, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0,
-    noises=None, generator=None,
-) -> Iterator[State]:  # fmt: skip
-    """The states of sample_dpm."""
-    model, levels = _Clipped(denoiser, clip_denoised), levels_of(sigmas)
-    draw = Draws(noises, generator, len(levels), finite("noise", noise))
-    x = noise * levels[0]
-    for k, (sigma, next_sigma) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
-        x, sigma_hat = _churned(x, sigma, len(levels), s_churn, s_tmin, s_tmax, s_noise, draw, k)
-        denoised = model(x, sigma_hat, labels)
-        yield State(k, sigma_hat, x, denoised)
-        x = dpm2_step(model, x, sigma_hat, next_sigma, labels, denoised)
-    return x
+def dpm_states(denoiser, noise, sigmas, labels=None, clip_denoised=False, **churn) -> Iterator[State]:
+    """The states of sample_dpm, which takes the same arguments."""
+    return _churned_states(dpm2_step, denoiser, noise, sigmas, labels, clip_denoised, **churn)
 
 
 def sample_dpm(
@@ -160,10 +151,8 @@ def sample_dpm(
 
     noises (len(sigmas), B, …) injects the churn's draws. Returns (B, …).
     """
-    states = dpm_states(
-        denoiser, noise, sigmas, labels, clip_denoised, s_churn, s_tmin, s_tmax, s_noise, noises, generator
-    )
-    return _last(states, callback)
+    churn = dict(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, noises=noises, generator=generator)
+    return _last(dpm_states(denoiser, noise, sigmas, labels, clip_denoised, **churn), callback)
 
 
 def ancestral_step(sigma: float, next_sigma: float) -> tuple[float, float]:
