@@ -45,9 +45,7 @@ class Recipe:
     seed: int = 0
     teacher: str | None = None
     init_from: str | None = None
-    cost: str = (
-        ""  # measured on 2 CPU cores: the short and tinted ones without bfloat16 instructions, the others with
-    )
+    cost: str = ""  # measured on 2 CPU cores; of the digits, those not called short with bfloat16 instructions
     expected: str = ""
 
     def __post_init__(self):
