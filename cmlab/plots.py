@@ -92,12 +92,15 @@ def draw_images(axes, images: Tensor, title: str = "", columns: int = 10) -> Non
     axes.axis("off")
 
 
-def image_rows(rows: dict[str, Tensor], columns: int = 10, height: float = 0.75):
-    """A figure with one labelled row of images a key: {label: (N, C, H, W)}. Returns the figure."""
+def image_rows(rows: dict[str, Tensor], columns: int = 10, height: float = 0.75, titles: Sequence[str] = ()):
+    """A figure with one labelled row of images a key: {label: (N, C, H, W)}, and a title above each column. Returns the figure."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(WIDTH, height * len(rows)), squeeze=False)
     for ax, (label, images) in zip(axes[:, 0], rows.items(), strict=True):
         draw_images(ax, images[:columns], columns=columns)
         ax.text(-0.01, 0.5, label, ha="right", va="center", transform=ax.transAxes, fontsize=8)
+    for k, title in enumerate(titles):
+        place = dict(ha="center", va="bottom", transform=axes[0, 0].transAxes, fontsize=8)
+        axes[0, 0].text((k + 0.5) / len(titles), 1.03, title, **place)
     return figure
 
 
