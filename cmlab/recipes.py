@@ -45,7 +45,7 @@ class Recipe:
     seed: int = 0
     teacher: str | None = None
     init_from: str | None = None
-    cost: str = ""  # measured on 2 CPU cores; of the digits, those not called short with bfloat16 instructions
+    cost: str = ""  # measured on 2 CPU cores with bfloat16 instructions
     expected: str = ""
 
     def __post_init__(self):
@@ -104,27 +104,27 @@ _ALL = [
     Recipe(
         "digits-cd-short", objective=ConsistencyDistillation(**DIGITS, **DISTIL), iterations=300, batch=512, lr=2e-3,
         decay=0.6, teacher="digits-edm", **FROM_EDM,
-        cost="75 s", expected="FD about 1.5 x its teacher's in one call",
+        cost="30 s", expected="FD about 1.5 x its teacher's in one call",
     ),
     Recipe(
         "digits-ct-short", objective=ConsistencyTraining(**DIGITS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)),
         iterations=400, batch=512, **FROM_EDM,
-        cost="1 min", expected="a coarse one-step model: see lesson 03",
+        cost="25 s", expected="a coarse one-step model: see lesson 03",
     ),
     Recipe(
         "digits-ict-short", objective=ImprovedConsistencyTraining(**DIGITS, start=10, end=80, distance=PseudoHuber(0.03)),
         iterations=400, batch=512, **FROM_EDM,
-        cost="1 min", expected="see lesson 03",
+        cost="25 s", expected="see lesson 03",
     ),
     Recipe(
         "digits-ect-short", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)),
         iterations=400, batch=512, **FROM_EDM,
-        cost="1 min", expected="see lesson 03",
+        cost="25 s", expected="see lesson 03",
     ),
     Recipe(
         "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=100), iterations=500, batch=256,
         teacher="digits-edm", **FROM_EDM,
-        cost="1 min", expected="a one-step model by three halvings: see lesson 03",
+        cost="25 s", expected="a one-step model by three halvings: see lesson 03",
     ),
     Recipe(
         "digits-ct", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)), iterations=3000, batch=1024,
@@ -151,7 +151,7 @@ _ALL = [
         "moons-cd", "moons", MOONS_NET,
         ConsistencyDistillation(**MOONS, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.03)), iterations=1000, batch=256,
         lr=3e-3, bf16=False, teacher="exact",
-        cost="30 s", expected="one call within 1.3 x its teacher's sliced Wasserstein",
+        cost="15 s", expected="one call within 1.3 x its teacher's sliced Wasserstein",
     ),
     Recipe(
         "moons-ct", "moons", MOONS_NET,
