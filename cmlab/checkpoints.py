@@ -65,6 +65,7 @@ def save(
 def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
     """A saved Denoiser or ConsistencyModel, by the name of an embedded one ("digits-cd") or by the path of its folder.
 
+    A name comes first: a folder that is called like an embedded model is "./digits-cd".
     Ready to use: in eval mode, without gradients, float32 unless dtype says otherwise; model.info is its config. No
     random numbers are drawn. Raises ValueError for an unknown name (naming the nearest) and for a file that is cut off,
     foreign or does not fit its config.
@@ -164,7 +165,7 @@ def _find(name_or_path: str | Path) -> Path:
     """The folder of an embedded model or at a path. Raises ValueError if there is none."""
     name = str(name_or_path)
     embedded, folder = EMBEDDED_FOLDER / name, Path(name).absolute()
-    if isinstance(name_or_path, str) and (embedded / CONFIG).is_file():
+    if isinstance(name_or_path, str) and name in EMBEDDED:
         return embedded
     if name in RELEASED:
         raise ValueError(

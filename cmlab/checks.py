@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,11 +45,11 @@ def untaken(folder: Path, file: str) -> Path:
 
 def whole(argument: str, value: int, least: int = 1) -> int:
     """Returns value if it is an integer >= least; otherwise raises TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{argument} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{argument} must be at least {least}, got {value}")
-    return value
+    return int(value)
 
 
 def within(argument: str, value: float, low: float, high: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmlab.checks import finite, positive, same_shape, whole
 from cmlab.ode import solve
-from cmlab.sampling import Draws, levels_of, renoise_std, sample_onestep
+from cmlab.sampling import Draws, levels_of, levels_within, renoise_std, sample_onestep
 from cmlab.streams import randn_like
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)  # ITU-R BT.601, as in the released code
@@ -177,7 +177,7 @@ def edit(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a Task, such as Inpaint(mask), got {task!r}")
     task.check(finite("measurement", measurement))
-    levels = levels_of(sigmas)
+    levels = levels_within(model, sigmas)
     task.check_levels(levels)
     draw = Draws(noises, generator, len(levels), measurement)
 

@@ -68,10 +68,10 @@ class GaussianMixtureDenoiser:
         self.means = finite("means", means)
         stds = torch.as_tensor(stds, dtype=torch.float64)
         self.stds = stds.expand(len(means)) if stds.ndim == 0 else stds
-        self.weights = torch.ones(len(means)) if weights is None else weights
+        self.weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
         for name, value in (("stds", self.stds), ("weights", self.weights)):
-            if tuple(value.shape) != (len(means),) or not (value >= 0).all():
-                raise ValueError(f"{name} must be {len(means)} numbers, none negative, got {value.tolist()}")
+            if tuple(value.shape) != (len(means),) or not ((value >= 0) & value.isfinite()).all():
+                raise ValueError(f"{name} must be {len(means)} finite numbers, none negative, got {value.tolist()}")
         positive("the sum of weights", float(self.weights.sum()))
 
     @torch.no_grad()

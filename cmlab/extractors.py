@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmlab.checkpoints import load_classifier
 from cmlab.checks import finite, known
@@ -42,7 +42,7 @@ def get_extractor(name: str, device: str | None = None) -> Callable[[Tensor], Fe
 
 def _classifier(name: str, device: str | None) -> Callable[[Tensor], Features]:
     model = load_classifier(name, device)
-    return lambda images: _seen(model, _images(images), 1024, device)
+    return lambda images: _seen(model, _images(images), 1024)
 
 
 def _inception(device: str | None) -> Callable[[Tensor], Features]:
@@ -62,7 +62,7 @@ def _inception(device: str | None) -> Callable[[Tensor], Features]:
         if _images(images).shape[1] not in (1, 3):
             raise ValueError(f"images must have 1 or 3 channels for inception, got shape {tuple(images.shape)}")
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
-        return _seen(model, pixels.expand(-1, 3, -1, -1), 64, device)
+        return _seen(model, pixels.expand(-1, 3, -1, -1), 64)
 
     return extract
 
@@ -77,7 +77,8 @@ def _images(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _seen(model: Callable, images: Tensor, chunk: int, device: str | None) -> Features:
+def _seen(model: nn.Module, images: Tensor, chunk: int) -> Features:
     """What a model with outputs (features, logits) sees, chunk by chunk; on the CPU, which has float64 everywhere."""
+    device = next(model.parameters()).device
     features, logits = zip(*(model(part.to(device)) for part in images.split(chunk)), strict=True)
     return Features(torch.cat(features).cpu(), torch.cat(logits).softmax(1).cpu())

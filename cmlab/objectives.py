@@ -35,9 +35,10 @@ from cmlab.noise import (
     weighting,
 )
 from cmlab.ode import get_solver
+from cmlab.streams import RandomState
 
 
-class SharedDropout:
+class SharedDropout(RandomState):
     """Lets a second network see the dropout mask of the first, on every device.
 
         dropout = SharedDropout(images.device)
@@ -48,29 +49,15 @@ class SharedDropout:
     Saving only the CPU's random state, as the released code does, shares nothing on a GPU.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = torch.device(device)
-        self.cpu_state = torch.get_rng_state()
-        self.device_state = None if self.device.type == "cpu" else self._module.get_rng_state(self.device)
-
-    @property
-    def _module(self):
-        return torch.get_device_module(self.device)
-
     @contextmanager
     def replayed(self):
         """Inside, random numbers start again where they stood when this object was made; outside they go on as before."""
-        after = SharedDropout(self.device)
-        self._restore()
+        after = RandomState(self.device)
+        self.restore()
         try:
             yield
         finally:
-            after._restore()
-
-    def _restore(self) -> None:
-        torch.set_rng_state(self.cpu_state)
-        if self.device_state is not None:
-            self._module.set_rng_state(self.device_state, self.device)
+            after.restore()
 
 
 @dataclass(frozen=True)
@@ -86,8 +73,13 @@ class Objective:
 
     def __post_init__(self):
         sigma_range(self.sigma_min, self.sigma_max)
+        if self.sigma_min == self.sigma_max:
+            raise ValueError(f"sigma_min must lie below sigma_max to train on a range, got {self.sigma_min} for both")
         positive("rho", self.rho)
-        known("weighting", self.weight, WEIGHTING_NAMES)
+        known("weighting", self.weight, self._weightings())
+
+    def _weightings(self) -> list[str]:
+        return [name for name in WEIGHTING_NAMES if name != "inverse-gap"]  # which wants two levels
 
     def scales(self, step: int, total: int) -> int | None:
         """N(k), the number of grid levels at this step; None where the levels are continuous."""
@@ -120,7 +112,42 @@ class EDM(Objective):
 
 
 @dataclass(frozen=True)
-class ConsistencyTraining(Objective):
+class SelfConsistency(Objective):
+    """What CD, CT, iCT and ECT share: the model at a level is to agree with the target network at the lower one."""
+
+    distance: Callable[[Tensor, Tensor], Tensor] = l2  # (B, …), (B, …) -> (B,)
+
+    def _weightings(self) -> list[str]:
+        return WEIGHTING_NAMES
+
+    def levels(self, n: int, step: int, total: int, generator=None) -> tuple[Tensor, Tensor]:
+        """Neighbours (high, low) on the grid of this step."""
+        sigmas = self._grid(self.scales(step, total))
+        index = self._index(n, sigmas, generator)
+        return sigmas[index], sigmas[index + 1]
+
+    def _index(self, n: int, sigmas: Tensor, generator) -> Tensor:
+        return uniform_index(n, len(sigmas), generator)
+
+    def __call__(self, student, images, labels, noise, high, low, target=None, teacher=None) -> Tensor:
+        same_shape("noise", noise, images.shape)
+        x_high = add_noise(images, noise, high)
+        with torch.no_grad():
+            x_low = self.step_down(x_high, images, noise, high, low, labels, teacher)
+        dropout = SharedDropout(images.device)
+        ahead = student(x_high, high, labels)
+        with torch.no_grad(), dropout.replayed():
+            behind = (student if target is None else target)(x_low, low, labels)
+        weight = weighting(self.weight, high, student_sigma_data(student), low)
+        return weight.to(ahead.dtype) * self.distance(ahead, behind)  # (B,)
+
+    def step_down(self, x_high, images, noise, high, low, labels, teacher) -> Tensor:
+        """The point one level lower on the estimated trajectory: the same image with less of the same noise."""
+        return add_noise(images, noise, low)
+
+
+@dataclass(frozen=True)
+class ConsistencyTraining(SelfConsistency):
     """CT, Song et al. (2023), algorithm 3: no teacher; the score is estimated by the very noise that was added.
 
     The grid grows from start to end levels with the square root of time, mu follows it (mu_0 = 0: no target network).
@@ -129,7 +156,6 @@ class ConsistencyTraining(Objective):
     start: int = 2
     end: int = 150
     mu_0: float = 0.95
-    distance: Callable[[Tensor, Tensor], Tensor] = l2  # (B, …), (B, …) -> (B,)
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,33 +170,9 @@ class ConsistencyTraining(Objective):
         """mu(k), which keeps start log(mu_0) spread over the levels; 0 for mu_0 = 0."""
         return mu_adaptive(self.scales(step, total), self.start, self.mu_0) if self.mu_0 else 0.0
 
-    def levels(self, n: int, step: int, total: int, generator=None) -> tuple[Tensor, Tensor]:
-        """Neighbours (high, low) on the grid of this step."""
-        sigmas = self._grid(self.scales(step, total))
-        index = self._index(n, sigmas, generator)
-        return sigmas[index], sigmas[index + 1]
-
-    def _index(self, n: int, sigmas: Tensor, generator) -> Tensor:
-        return uniform_index(n, len(sigmas), generator)
-
-    def __call__(self, student, images, labels, noise, high, low, target=None, teacher=None) -> Tensor:
-        same_shape("noise", noise, images.shape)
-        x_high = add_noise(images, noise, high)
-        dropout = SharedDropout(images.device)
-        ahead = student(x_high, high, labels)
-        with torch.no_grad(), dropout.replayed():
-            x_low = self.step_down(x_high, images, noise, high, low, labels, teacher)
-            behind = (student if target is None else target)(x_low, low, labels)
-        weight = weighting(self.weight, high, student_sigma_data(student), low)
-        return weight.to(ahead.dtype) * self.distance(ahead, behind)  # (B,)
-
-    def step_down(self, x_high, images, noise, high, low, labels, teacher) -> Tensor:
-        """The point one level lower on the estimated trajectory: the same image with less of the same noise."""
-        return add_noise(images, noise, low)
-
 
 @dataclass(frozen=True)
-class ConsistencyDistillation(ConsistencyTraining):
+class ConsistencyDistillation(SelfConsistency):
     """CD, Song et al. (2023), algorithm 2: the target lies one solver step down the teacher's probability-flow ODE.
 
     The grid has num_scales levels throughout, mu is fixed. solver is "euler", "heun" or "dpm2", taken in substeps equal
@@ -185,6 +187,7 @@ class ConsistencyDistillation(ConsistencyTraining):
 
     def __post_init__(self):
         super().__post_init__()
+        within("mu_0", self.mu_0, 0, 1)
         whole("num_scales", self.num_scales, 2)
         whole("substeps", self.substeps)
         get_solver(self.solver)
@@ -238,14 +241,13 @@ class ImprovedConsistencyTraining(ConsistencyTraining):
 
 
 @dataclass(frozen=True)
-class EasyConsistencyTuning(ConsistencyTraining):
+class EasyConsistencyTuning(SelfConsistency):
     """ECT, Geng et al. (2024): levels are continuous; the gap closes from all of sigma (half of it at high levels) to 1/q^stages.
 
     At stage a = 0, 1, … (stages of equal length) low = high (1 - n(high) / q^(a + 1)) with n(t) = 1 + k sigmoid(-b t),
     never below sigma_min. Start it from an EDM model.
     """
 
-    mu_0: float = 0.0
     weight: str = "inverse-gap"
     distance: Callable[[Tensor, Tensor], Tensor] = PseudoHuber()
     sigmas: LogNormal = LogNormal(-1.1, 2.0)
@@ -260,9 +262,6 @@ class EasyConsistencyTuning(ConsistencyTraining):
         for name in ("q", "k", "b"):
             positive(name, getattr(self, name))
 
-    def scales(self, step: int, total: int) -> None:
-        """None: the levels are continuous."""
-
     def stage(self, step: int, total: int) -> int:
         """0 … stages - 1."""
         return min(step * self.stages // total, self.stages - 1)
@@ -276,7 +275,7 @@ class EasyConsistencyTuning(ConsistencyTraining):
 
 @dataclass(frozen=True)
 class ProgressiveDistillation(Objective):
-    """PD, Salimans & Ho (2022), algorithm 2: one student step learns two teacher steps; then the student teaches, with half the steps.
+    """PD, Salimans & Ho (2022), algorithm 2: one student step learns two teacher steps; then it teaches a copy of itself half the steps.
 
     On grids of num_scales + 1 levels, as in the released code: the student's step goes from high to low, the teacher's
     two Euler steps over the middle (half an index further).

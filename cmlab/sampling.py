@@ -31,11 +31,24 @@ class State(NamedTuple):
 
 def levels_of(sigmas, least: int = 1) -> list[float]:
     """sigmas as a list of floats. Raises ValueError unless there are `least` or more, finite, above 0 and descending."""
-    levels = [float(s) for s in sigmas]
+    try:
+        levels = [float(s) for s in sigmas]
+    except TypeError as error:
+        raise TypeError(
+            f"sigmas must be a sequence of noise levels, such as karras_sigmas(18), got {sigmas!r}"
+        ) from error
     if len(levels) < least or any(not (math.isfinite(s) and s > 0) for s in levels):
         raise ValueError(f"sigmas must be at least {least} finite noise levels above 0, got {levels}")
     if any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
         raise ValueError(f"sigmas must descend, got {levels}")
+    return levels
+
+
+def levels_within(model, sigmas) -> list[float]:
+    """levels_of(sigmas), for a consistency model: above its sigma_max it has never been. Raises ValueError there."""
+    levels = levels_of(sigmas)
+    if levels[0] > model.sigma_max * (1 + 1e-6):
+        raise ValueError(f"sigmas must not exceed the model's sigma_max = {model.sigma_max:g}, got {levels[0]:g}")
     return levels
 
 
@@ -121,16 +134,9 @@ def sample_heun(
     return _last(heun_states(denoiser, noise, sigmas, labels, clip_denoised, **churn), callback)
 
 
-@torch.no_grad()
 def euler_states(denoiser, noise, sigmas, labels=None, clip_denoised=False) -> Iterator[State]:
     """The states of sample_euler."""
-    model, levels = _Clipped(denoiser, clip_denoised), levels_of(sigmas)
-    x = finite("noise", noise) * levels[0]
-    for k, (sigma, next_sigma) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
-        denoised = model(x, sigma, labels)
-        yield State(k, sigma, x, denoised)
-        x = euler_step(model, x, sigma, next_sigma, labels, denoised)
-    return x
+    return _churned_states(euler_step, denoiser, noise, sigmas, labels, clip_denoised)
 
 
 def sample_euler(denoiser, noise, sigmas, labels=None, clip_denoised=False, callback=None) -> Tensor:
@@ -223,7 +229,7 @@ def multistep_states(
     model, noise, sigmas, labels=None, noises=None, generator=None, clip_denoised=False
 ) -> Iterator[State]:
     """The states of sample_multistep: denoised of the last one is the result."""
-    clipped, levels = _Clipped(model, clip_denoised), levels_of(sigmas)
+    clipped, levels = _Clipped(model, clip_denoised), levels_within(model, sigmas)
     draw = Draws(noises, generator, len(levels) - 1, finite("noise", noise))
     denoised, added = torch.zeros_like(noise), levels[0] * noise  # the first jump starts from noise alone
     for k, sigma in enumerate(levels):

@@ -6,10 +6,49 @@ released code: "dummy", "determ" and "determ-indiv". Training draws take the fir
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from cmlab.checks import known, whole
+
+
+class RandomState:
+    """Where torch's global generators of the CPU and of one device stand; restore() puts them back there."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.cpu = torch.get_rng_state()
+        self.accelerator = None if self.device.type == "cpu" else self._module.get_rng_state(*self._place)
+
+    @property
+    def _module(self):
+        return torch.get_device_module(self.device)
+
+    @property
+    def _place(self) -> tuple[torch.device, ...]:
+        return () if self.device.type == "mps" else (self.device,)  # of which there is one, and its functions take none
+
+    def restore(self) -> None:
+        """Random numbers go on from where they stood."""
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            self._module.set_rng_state(self.accelerator, *self._place)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, torch's global numbers start from seed, on the CPU and the device; outside they go on as if nothing had been."""
+    before = RandomState(device)
+    try:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every other device too
+        if before.accelerator is not None:
+            torch.get_device_module(device).manual_seed(seed)
+        yield
+    finally:
+        before.restore()
 
 
 def randn(shape: tuple[int, ...], generator=None, device=None, dtype=None) -> Tensor:
@@ -26,23 +65,27 @@ def randn_like(x: Tensor, generator=None) -> Tensor:
     return randn(tuple(x.shape), generator, x.device, x.dtype)
 
 
-def _check(generator) -> None:
-    if not (generator is None or isinstance(generator, torch.Generator) or hasattr(generator, "randn")):
+def _check(generator, streams: str = " or a stream of get_generator") -> None:
+    if not (generator is None or isinstance(generator, torch.Generator) or (streams and hasattr(generator, "randn"))):
         raise TypeError(
-            f"generator must be None, a torch.Generator or a stream of get_generator, got {generator!r}; "
+            f"generator must be None, a torch.Generator{streams}, got {generator!r}; "
             "for a seed write torch.Generator().manual_seed(seed)"
         )
 
 
+def _check_plain(generator) -> None:
+    _check(generator, streams="")
+
+
 def rand(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """Uniform draws in [0, 1) of the given shape, from torch's global generator or a torch.Generator."""
-    _check(generator)
+    _check_plain(generator)
     return torch.rand(shape, generator=generator, device=None if generator is None else generator.device)
 
 
 def randint(low: int, high: int, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """Uniform integers in [low, high) of the given shape, from torch's global generator or a torch.Generator."""
-    _check(generator)
+    _check_plain(generator)
     return torch.randint(low, high, shape, generator=generator, device=None if generator is None else generator.device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +27,10 @@ from cmlab.exact import DatasetDenoiser
 from cmlab.models import build
 from cmlab.objectives import ProgressiveDistillation
 from cmlab.recipes import Recipe, get_recipe
-from cmlab.scaling import ConsistencyModel, Denoiser
-from cmlab.streams import randint, randn
+from cmlab.scaling import Denoiser
+from cmlab.streams import randint, randn, seeded
 
-MODELS = {"denoiser": Denoiser, "consistency": ConsistencyModel}
+LARGEST_SEED = 2**32  # beyond it (seed, step) would not fit into the 64 bits of torch's seeds
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,15 @@ class Run:
     """The state of one training: student, target, EMA, optimizer and step."""
 
     def __init__(self, recipe: Recipe, data: Data, teacher: Callable | None, device: str | None, seed: int):
-        self.recipe, self.data, self.seed, self.step = recipe, data, seed, 0
-        self.accelerator = Accelerator(cpu=device == "cpu")
-        if device is not None and torch.device(device).type != self.accelerator.device.type:
-            raise ValueError(f"device {device!r} was asked for, this process runs on {self.accelerator.device}")
+        self.recipe, self.data, self.seed, self.step = recipe, data, whole("seed", seed, 0), 0
+        if seed > LARGEST_SEED:
+            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {seed}")
+        self.accelerator = accelerator_on(device)
         if recipe.batch % self.accelerator.num_processes:
             raise ValueError(f"batch {recipe.batch} does not divide over {self.accelerator.num_processes} processes")
         self.bf16 = recipe.bf16 and multiplies_bf16(self.accelerator.device)
         student = self._new_student()
-        teacher = teacher or self._own_teacher()
+        teacher = self._own_teacher() if teacher is None else copy.deepcopy(teacher)  # the caller's stays as it is
         if isinstance(teacher, nn.Module):  # an exact denoiser is a plain function
             teacher = teacher.eval().requires_grad_(False).to(self.accelerator.device)
         self.teacher, self.teacher_is_own = teacher, False
@@ -114,12 +115,11 @@ class Run:
 
     def _new_student(self) -> Denoiser:
         r = self.recipe
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             net = build(r.network)
         if r.init_from:
             net.load_state_dict(checkpoints.load(r.init_from).net.state_dict())
-        return MODELS[r.objective.model_kind](
+        return checkpoints.KINDS[r.objective.model_kind](
             net, self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
         ).train()
 
@@ -162,10 +162,13 @@ class Run:
         self._change_teacher()
         losses, levels = self._losses()
         loss = losses.mean()
-        self._check_finite("loss", self.accelerator.gather(losses.detach()), levels, folder)
+        bad = ~torch.isfinite(self.accelerator.gather(losses.detach()))
+        if bad.any():
+            self._stop("loss", f", sigma {self.accelerator.gather(levels[0])[bad].tolist()[:3]}", folder)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
-        self._check_finite("gradient", torch.as_tensor(norm).expand(len(losses)), levels, folder)
+        if not math.isfinite(norm):
+            self._stop("gradient", "", folder)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
@@ -180,8 +183,7 @@ class Run:
         if target is None and self.accelerator.num_processes > 1:
             target = self.accelerator.unwrap_model(self.student)  # no second forward through the data-parallel wrapper
         device = self.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(self._number(1 + self.accelerator.process_index))  # dropout
+        with seeded(self._number(1 + self.accelerator.process_index), device):  # dropout
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 losses = self.recipe.objective(
                     self.student, images, labels, noise, *levels, target=target, teacher=self.teacher
@@ -207,26 +209,30 @@ class Run:
         return (self.seed * 1_000_003 + self.step) * 1_009 + stream
 
     def _change_teacher(self) -> None:
-        """Progressive distillation: when the number of steps halves, the student so far becomes the teacher."""
+        """Progressive distillation: when the number of steps halves, the averaged student becomes the teacher.
+
+        The student starts the next stage as its copy, with a fresh optimizer and average.
+        """
         if not isinstance(self.recipe.objective, ProgressiveDistillation) or self.step == 0:
             return
         before, now = (self.recipe.objective.scales(k, self.recipe.iterations) for k in (self.step - 1, self.step))
         if before != now:
-            self._take_over()
+            self._take_over(self.ema.module.state_dict())
+            self.accelerator.unwrap_model(self.student).load_state_dict(self.teacher.state_dict())
+            self.optimizer.state.clear()
+            self.ema.n_averaged.zero_()
 
-    def _take_over(self) -> None:
+    def _take_over(self, weights: dict[str, Tensor]) -> None:
         self.teacher, self.teacher_is_own = copy.deepcopy(self.ema.module).eval().requires_grad_(False), True
+        self.teacher.load_state_dict(weights)
 
-    def _check_finite(self, what: str, values: Tensor, levels, folder: str | Path | None) -> None:
-        """values (B,), one a noise level. Raises TrainingDiverged: the weights are still those before this step."""
-        if torch.isfinite(values).all():
-            return
-        where = self.accelerator.gather(levels[0])[~torch.isfinite(values)].tolist()[:3]
+    def _stop(self, what: str, where: str, folder: str | Path | None) -> None:
+        """Raises TrainingDiverged: the weights are still those before this step."""
         state = None if folder is None else Path(folder) / "state.pt"
         last = (
             f"the last good checkpoint is {state}" if state and state.exists() else "no checkpoint was kept (no folder)"
         )
-        raise TrainingDiverged(f"{what} is not finite at step {self.step + 1}, sigma {where}; {last}")
+        raise TrainingDiverged(f"{what} is not finite at step {self.step + 1}{where}; {last}")
 
     def save(self, folder: str | Path) -> None:
         """Writes <folder>/state.pt: all that the next step depends on. Atomic: a cut leaves the previous state."""
@@ -242,7 +248,10 @@ class Run:
             optimizer=self.optimizer.state_dict(),
         )  # fmt: skip
         partial = folder / "state.pt.partial"
-        torch.save(state, partial)
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the previous one's place
         os.replace(partial, folder / "state.pt")
 
     def restore(self, folder: str | Path | None) -> None:
@@ -268,8 +277,7 @@ class Run:
         if self.target is not None:
             self.target.load_state_dict(state["target"])
         if state["teacher"] is not None:
-            self._take_over()
-            self.teacher.load_state_dict(state["teacher"])
+            self._take_over(state["teacher"])
 
     def finish(self, folder: str | Path | None, seconds: float) -> Denoiser:
         """The EMA model, ready to use; saved as <folder>/model where there is a folder."""
@@ -278,6 +286,18 @@ class Run:
             facts = dict(recipe=self.recipe.name, seed=self.seed, seconds=round(seconds, 1))
             checkpoints.save(model, Path(folder) / "model", data=self.data.name, **facts)
         return model
+
+
+def accelerator_on(device: str | None) -> Accelerator:
+    """accelerate's side of a run. The first one in a process decides on the device: raises ValueError for another."""
+    try:
+        accelerator = Accelerator(cpu=device == "cpu")
+        own, asked = accelerator.device, torch.device(device or accelerator.device)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be had: {error}") from error
+    if asked.type != own.type or asked.index not in (None, own.index):
+        raise ValueError(f"device {device!r} was asked for, this process runs on {own}")
+    return accelerator
 
 
 def multiplies_bf16(device: torch.device) -> bool:

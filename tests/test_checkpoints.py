@@ -68,7 +68,24 @@ def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path):
     loaded = checkpoints.load(half)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.allclose(loaded(x, 1.0), model(x, 1.0), atol=5e-3) and not torch.equal(loaded(x, 1.0), model(x, 1.0))
-    assert {p.dtype for p in checkpoints.load(half, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-5)])
+def test_a_model_works_in_the_precision_it_is_loaded_in(dtype, close):
+    x, labels = draws(4, 1, 8, 8), torch.arange(4)
+    model = checkpoints.load("digits-cd", dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    expected = checkpoints.load("digits-cd")(x, 1.0, labels)
+    out = model(x, 1.0, labels)
+    assert out.dtype == torch.float32 and (out - expected).abs().max() < close  # only the network is in dtype
+    assert (model(x.to(dtype), 1.0, labels) - expected).abs().max() < 2 * close
+
+
+def test_a_folder_called_like_an_embedded_model_is_reached_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save(random_model(), "digits-cd")
+    assert checkpoints.load("./digits-cd").info["network"]["width"] == 32
+    assert checkpoints.load("digits-cd").info["network"]["width"] == 512
 
 
 def test_loading_draws_no_random_numbers(folder):

@@ -70,6 +70,11 @@ def test_denoise_starts_from_the_measurement_itself():
     assert torch.equal(edit(model, Denoise(0.7), noisy, [0.7], clip_denoised=False), model(noisy, 0.7))
 
 
+def test_denoise_measures_a_picture_under_noise_of_its_level():
+    images, generator = torch.zeros(4, 3, 32, 32), torch.Generator().manual_seed(0)
+    assert float(Denoise(0.7).measure(images, generator).std()) == pytest.approx(0.7, rel=0.02)
+
+
 def test_stroke_adds_noise_of_its_level():
     model, guide, z = random_model(), draws(2, 1, 8, 8), draws(1, 2, 1, 8, 8, seed=1)
     assert torch.equal(
@@ -124,6 +129,7 @@ def test_noise_of_a_picture_leads_back_to_it():
         (lambda m, x: edit(m, Colorize(), x[0], SIGMAS), r"takes images \(B, C, H, W\), got shape \(3, 16, 16\)"),
         (lambda m, x: edit(m, Colorize(), x, SIGMAS, noises=x), r"noises must have shape \(3, 2, 3, 16, 16\)"),
         (lambda m, x: edit(m, Colorize(), x, [0.5, 80.0]), "sigmas must descend"),
+        (lambda m, x: edit(m, Colorize(), x, [500.0, 1.0]), "must not exceed the model's sigma_max = 80, got 500"),
         (lambda m, x: interpolate(m, x, x, [1.5]), r"weights must be one or more numbers in \[0, 1\]"),
     ],
 )

@@ -81,7 +81,9 @@ def test_the_denoiser_is_the_best_one():
             lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), 1.0)(torch.full((1, 2), math.inf), 1.0),
             "x must be finite",
         ),
-        (lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), -1.0), "stds must be 2 numbers, none negative"),
+        (lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), -1.0), "stds must be 2 finite numbers, none negative"),
+        (lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), math.inf), "stds must be 2 finite numbers, none negative"),
+        (lambda: GaussianMixtureDenoiser(torch.zeros(2, 2), 1.0, [1, 1, 1]), "weights must be 2 finite numbers"),
     ],
 )
 def test_bad_input_is_named(call, message):

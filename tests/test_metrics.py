@@ -256,6 +256,7 @@ def test_copies_of_the_training_set_score_well_but_for_the_nearest_neighbour_rat
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 DIGITS = torch.zeros(8, 1, 8, 8)
+NOISE = draws(8, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,7 @@ DIGITS = torch.zeros(8, 1, 8, 8)
         (lambda: sliced_wasserstein(draws(9, 2), draws(8, 2)), r"b must have shape \(9, 2\), got \(8, 2\)"),
         (lambda: nearest_neighbour_ratio(DIGITS, DIGITS, DIGITS), "held_out must hold images that are not in train"),
         (lambda: evaluate(DIGITS, DIGITS, train=DIGITS), "reference must hold images that are not in train"),
+        (lambda: nearest_neighbour_ratio(NOISE, NOISE, NOISE), "held_out must hold images that are not in train"),
         (lambda: nearest_neighbour_ratio(draws(2, 3), DIGITS, DIGITS), r"samples must have shape \(2, 1, 8, 8\)"),
         (lambda: get_extractor("incepion"), "unknown extractor 'incepion'. Did you mean 'inception'"),
         (lambda: evaluate(DIGITS, DIGITS, "tinted-digits-classifier"), r"images must have shape \(8, 3, 16, 16\)"),

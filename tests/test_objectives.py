@@ -158,6 +158,17 @@ def test_replaying_leaves_later_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_teacher_that_draws_numbers_does_not_shift_the_shared_mask():
+    student = ConsistencyModel(random_net(dropout=0.5)).train()
+    images, labels, noise = batch()
+    sigma = torch.full((16,), 1.0)
+
+    def teacher(x, sigma, labels=None):
+        return x + torch.rand_like(x)
+
+    assert ConsistencyDistillation()(student, images, labels, noise, sigma, sigma, teacher=teacher).max() == 0
+
+
 def test_a_model_agrees_with_itself_only_under_a_shared_mask():
     """With dropout and equal levels the consistency loss is zero if, and only if, both passes drop the same units."""
     student = ConsistencyModel(random_net(dropout=0.5)).train()
@@ -255,6 +266,10 @@ def test_PD_halves_a_step_of_its_grid_at_half_an_index():
         (lambda: EDM(weight="kharas"), "unknown weighting 'kharas'. Did you mean 'karras'"),
         (lambda: EDM(rho=0.0), "rho must be a finite number above 0, got 0"),
         (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "need 0 < sigma_min <= sigma_max, got 2.0 and 1.0"),
+        (lambda: EDM(sigma_min=1.0, sigma_max=1.0), "sigma_min must lie below sigma_max to train on a range, got 1.0"),
+        (lambda: EDM(weight="inverse-gap"), "unknown weighting 'inverse-gap'"),
+        (lambda: ProgressiveDistillation(weight="inverse-gap"), "unknown weighting 'inverse-gap'"),
+        (lambda: ConsistencyDistillation(mu_0=1.5), r"mu_0 must lie in \[0, 1\], got 1.5"),
         (lambda: ConsistencyTraining(mu_0=1.5), r"mu_0 must lie in \[0, 1\], got 1.5"),
         (lambda: ConsistencyTraining(start=20, end=10), "end must be at least 20, got 10"),
         (lambda: ConsistencyDistillation(num_scales=1), "num_scales must be at least 2, got 1"),

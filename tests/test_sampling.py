@@ -144,9 +144,16 @@ def test_greedy_search_takes_the_best_candidate_of_each_round():
     assert found == [20.0, 0.5, 0.1]
 
 
+def test_ternary_search_finds_a_level_between_the_candidates():
+    found = search_sigmas(lambda s: abs(math.log(s[-1] / 0.4)), 2, 20.0, [5.0, 0.1], method="ternary")
+    assert found[0] == 20.0 and found[1] == pytest.approx(0.4, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m, z: sample_heun(m, z, 5.0), "sigmas must be a sequence of noise levels, such as karras.*got 5.0"),
+        (lambda m, z: sample_multistep(m, z, [100.0, 1.0]), "must not exceed the model's sigma_max = 80, got 100"),
         (lambda m, z: sample_heun(m, z, [1.0, 2.0]), r"sigmas must descend, got \[1.0, 2.0\]"),
         (lambda m, z: sample_heun(m, z, [1.0, 0.0]), "finite noise levels above 0"),
         (lambda m, z: sample_heun(m, z, []), "at least 1 finite noise levels"),

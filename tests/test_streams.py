@@ -1,7 +1,9 @@
+from unittest import mock
+
 import pytest
 import torch
 
-from cmlab.streams import Streams, get_generator, rand, randint, randn, randn_like
+from cmlab.streams import Streams, get_generator, rand, randint, randn, randn_like, seeded
 
 
 @pytest.mark.parametrize("individual", [True, False])
@@ -28,6 +30,17 @@ def test_asking_for_more_samples_than_there_are_is_refused():
         Streams(2).randn(4, 1)
 
 
+def test_seeded_numbers_are_those_of_the_seed_and_leave_no_trace():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    inside = torch.rand(2)
+    torch.manual_seed(3)
+    with mock.patch("torch.cuda.manual_seed_all") as other_devices, seeded(5):
+        assert torch.equal(torch.rand(2), inside)
+    assert torch.equal(torch.rand(2), expected) and not other_devices.called
+
+
 def test_unknown_generator_names_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'determ-indiv'"):
         get_generator("determ-individual")
@@ -45,6 +58,7 @@ def test_with_a_stride_a_sample_is_the_same_however_many_there_are():
         (lambda: randn((2,), 7), "generator must be None, a torch.Generator or a stream of get_generator, got 7"),
         (lambda: rand((2,), "determ"), "got 'determ'; for a seed write torch.Generator"),
         (lambda: randint(0, 2, (2,), 1.0), "generator must be None"),
+        (lambda: rand((2,), Streams(2)), "generator must be None, a torch.Generator, got <cmlab.streams.Streams"),
         (lambda: Streams(2, seed=-1), "seed must be at least 0, got -1"),
         (lambda: Streams(10, stride=9), "stride must be at least 10, got 9"),
         (lambda: Streams(2).set_done_samples(-1), "done must be at least 0, got -1"),

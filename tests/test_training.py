@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import os
 import signal
@@ -7,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from toys import random_model
+from toys import random_model, random_net
 
 from cmlab.data import load_data
 from cmlab.exact import DatasetDenoiser
@@ -127,7 +128,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
     weight = next(run.student.parameters())
     weight.register_hook(lambda gradient: gradient * float("nan"))
     before = [p.detach().clone() for p in run.student.parameters()]
-    with pytest.raises(TrainingDiverged, match=r"gradient is not finite at step 1, sigma \[\d+\.\d+.*no checkpoint"):
+    with pytest.raises(TrainingDiverged, match=r"gradient is not finite at step 1; no checkpoint"):
         run.advance(None)
     assert all(torch.equal(p, q) for p, q in zip(run.student.parameters(), before, strict=True))
 
@@ -159,10 +160,38 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 
 def test_progressive_distillation_hands_over_to_the_student():
     run = Run(SMALL.replace(objective=OBJECTIVES["pd, which changes teachers"]), load_data("digits"), TEACHER, "cpu", 0)
-    first = run.teacher
-    for _ in range(3):
+    while run.recipe.objective.scales(run.step, 6) == run.recipe.objective.scales(0, 6):
         run.advance(None)
-    assert run.teacher is not first
+    averaged, first = copy.deepcopy(run.ema.module), run.teacher
+    run._change_teacher()
+    assert run.teacher is not first and not run.optimizer.state
+    for model in (run.teacher, run.student):
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), averaged.parameters(), strict=True))
+    run.advance(None)  # the average starts again too: of one step it is that step's weights
+    assert all(torch.equal(p, q) for p, q in zip(run.ema.module.parameters(), run.student.parameters(), strict=True))
+
+
+def test_the_teacher_that_was_given_stays_as_it_was():
+    teacher = Denoiser(random_net(num_classes=10), sigma_data=0.75).train()
+    Run(SMALL.replace(objective=OBJECTIVES["cd with a target network"]), load_data("digits"), teacher, "cpu", 0)
+    assert teacher.training and all(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cpu:3", "device 'cpu:3' was asked for"), ("cuda:99", "'cuda:99' was asked"), ("gpu", "'gpu' cannot be had")],
+)
+def test_a_device_that_this_process_does_not_have_is_refused(device, message):
+    with pytest.raises(ValueError, match=message):
+        next(train(SMALL, device=device))
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"), [(-3, "seed must be at least 0"), (2**40, "seed must be at most 4294967296")]
+)
+def test_seeds_that_do_not_fit_are_refused(seed, message):
+    with pytest.raises(ValueError, match=message):
+        next(train(SMALL, device="cpu", seed=seed))
 
 
 def test_bad_resumes_are_refused(tmp_path):

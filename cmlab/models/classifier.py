@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cmlab.checks import known, same_shape, whole
 from cmlab.data import Data, load_data
+from cmlab.streams import seeded
 
 DATA_SETS = ("digits", "tinted-digits")
 
@@ -48,8 +49,7 @@ def train_classifier(data_name: str, steps: int = 600, seed: int = 0, batch: int
     Returns it in eval mode, frozen. The same seed gives the same weights. Raises ValueError for another data set.
     """
     data = load_data(known("data set", data_name, DATA_SETS))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = DigitsClassifier(data.shape[0], data.shape[1], data.num_classes)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)

@@ -16,7 +16,8 @@ class ResidualMLP(nn.Module):
 
     The gated skip a(c_noise) x carries the noise around the bottleneck: a fully connected net would otherwise have to squeeze
     all of it through its width. Every block is modulated by the noise level and the class (adaptive layer norm, as in DiT:
-    Peebles & Xie 2023, sec. 3.2). num_classes=None: unconditional.
+    Peebles & Xie 2023, sec. 3.2). num_classes=None: unconditional. Weights may be of any floating dtype: x is cast to it on
+    the way in, the output back to x's.
     """
 
     def __init__(
@@ -56,15 +57,19 @@ class ResidualMLP(nn.Module):
         """x (B, *shape), c_noise (B,), labels (B,) int64 or None -> (B, *shape)."""
         same_shape("x", x, (len(x), *self.shape))
         check_labels(labels, len(x), self.num_classes)
-        emb = self.time(fourier(c_noise / 250, self.config["embedding"]))  # (B, E): ln(sigma), smooth and fine
+        dtype = self.enter.weight.dtype
+        emb = self.time(
+            fourier(c_noise / 250, self.config["embedding"]).to(dtype)
+        )  # (B, E): ln(sigma), smooth and fine
         if self.label is not None:
             emb = emb + self.label(labels)
         emb = F.silu(emb)
-        h = self.enter(x.flatten(1))  # (B, width)
+        flat = x.flatten(1).to(dtype)
+        h = self.enter(flat)  # (B, width)
         for block in self.blocks:
             h = block(h, emb)
-        out = self.leave(F.layer_norm(h, h.shape[-1:])) + self.gate(emb) * x.flatten(1)
-        return out.reshape(x.shape)
+        out = self.leave(F.layer_norm(h, h.shape[-1:])) + self.gate(emb) * flat
+        return out.reshape(x.shape).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -90,7 +95,7 @@ def fourier(t: Tensor, size: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def zeroed(layer: nn.Linear) -> nn.Linear:
+def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     """The layer with weights and bias at zero: what it adds starts at nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmlab.checks import check_labels, same_shape, whole
+from cmlab.models.small import zeroed
 
 GROUPS = 32  # of every group norm in the released checkpoints
 
@@ -104,7 +105,7 @@ class UNet(nn.Module):
         self.middle_block = parts.middle(widths[-1])
         self.output_blocks = parts.way_up(widths, skips)
         self.out = nn.Sequential(
-            nn.GroupNorm(GROUPS, widths[0]), nn.SiLU(), _zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1))
+            nn.GroupNorm(GROUPS, widths[0]), nn.SiLU(), zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1))
         )
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -156,7 +157,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (1 + scale_shift) * out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(GROUPS, out_channels), nn.SiLU(), nn.Dropout(dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )  # fmt: skip
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -183,7 +184,7 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.norm = nn.GroupNorm(GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj_out = _zeroed(nn.Conv2d(channels, channels, 1))
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, H, W) -> the same shape."""
@@ -282,12 +283,6 @@ def _run(layers: Iterable[nn.Module], h: Tensor, emb: Tensor) -> Tensor:
 
 def _given(value: int | None) -> int | None:
     return None if value == -1 else value
-
-
-def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def _divided(argument: str, channels: int, parts: int) -> int:

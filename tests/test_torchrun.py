@@ -1,0 +1,67 @@
+"""Two processes are one with the same global batch: run under torchrun with gloo, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import OBJECTIVES, SMALL, losses
+
+from cmlab.data import load_data
+from cmlab.training import Run, TrainingDiverged
+
+NAMES = ["edm", "cd with a target network", "ct without a target network"]
+
+
+def recipe_of(name):
+    """Without dropout, of which every rank draws its own."""
+    objective = OBJECTIVES.get(name, OBJECTIVES["ct with both curricula"])
+    if name not in OBJECTIVES:
+        objective = type(objective)(sigma_max=20.0, end=10, mu_0=0.0)
+    return SMALL.replace(objective=objective, network=dict(SMALL.network, dropout=0.0))
+
+
+def trained(folder):
+    """What every rank does: the losses of each recipe, and how a broken gradient ends."""
+    seen = {name: losses(recipe_of(name)) for name in NAMES}
+    run = Run(SMALL, load_data("digits"), None, "cpu", 0)
+    next(run.student.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    try:
+        run.advance(None)
+    except TrainingDiverged as error:
+        seen["broken"] = str(error)
+    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        __file__,
+        str(folder),
+    ]
+    done = subprocess.run(torchrun, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_have_the_losses_of_one_process(ranks, name):
+    alone = losses(recipe_of(name))
+    for rank in ranks:
+        assert rank[name] == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank(ranks):
+    assert all(rank["broken"].startswith("gradient is not finite at step 1; no checkpoint") for rank in ranks)
+
+
+if __name__ == "__main__":
+    trained(sys.argv[1])
