@@ -104,7 +104,7 @@ def _colour_pairs(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def moons(n: int, generator: torch.Generator, width: float = 0.05) -> Tensor:
-    """n points (n, 2) on two interleaved half circles, with Gaussian width; centred, standard deviation about 0.5 an axis."""
+    """n points (n, 2) on two interleaved arcs, with Gaussian width; centred, standard deviation about 0.5 an axis."""
     whole("n", n)
     angle = math.pi * torch.rand(n, generator=generator)
     upper = torch.rand(n, generator=generator) < 0.5
