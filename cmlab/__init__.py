@@ -5,13 +5,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _ROOMS = [
-    "batch", "checkpoints", "data", "distances", "editing", "exact", "extractors", "lessons", "metrics", "models", "noise", "objectives",
-    "ode", "pictures", "plots", "recipes", "sampling", "scaling", "streams", "tour", "training", "widgets",
+    "batch", "checkpoints", "data", "distances", "downloads", "editing", "exact", "extractors", "interop",
+    "lessons", "metrics", "models", "noise", "objectives", "ode", "pictures", "plots", "recipes", "released",
+    "sampling", "scaling", "streams", "tour", "training", "widgets",
 ]  # fmt: skip
 _HOMES = {
-    "ConsistencyModel": "scaling", "Denoiser": "scaling", "RECIPES": "recipes", "Record": "training", "check": "lessons",
-    "edit": "editing", "fast_mode": "lessons", "get_recipe": "recipes", "interpolate": "editing", "karras_sigmas": "noise",
-    "load": "checkpoints", "load_data": "data", "report": "lessons", "sample_heun": "sampling", "save": "checkpoints",
+    "ConsistencyModel": "scaling", "Denoiser": "scaling", "RECIPES": "recipes", "Record": "training",
+    "check": "lessons", "edit": "editing", "export": "checkpoints", "fast_mode": "lessons", "fetch": "released",
+    "get_recipe": "recipes", "interpolate": "editing", "karras_sigmas": "noise", "load": "checkpoints",
+    "load_data": "data", "report": "lessons", "sample_heun": "sampling", "save": "checkpoints",
     "sample_multistep": "sampling", "sample_onestep": "sampling", "train": "training",
 }  # fmt: skip
 

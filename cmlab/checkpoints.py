@@ -1,4 +1,5 @@
-"""Saved models: a folder with config.json and model.safetensors, the files of huggingface_hub's PyTorchModelHubMixin.
+"""Models on disk: our own folders (config.json and model.safetensors, the files of huggingface_hub's PyTorchModelHubMixin),
+the released checkpoints, and the folders of diffusers.
 
 Nothing is unpickled: a file from a stranger can hold wrong numbers, but no code.
 """
@@ -7,19 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cmlab import interop
 from cmlab.checks import known
 from cmlab.models import build
 from cmlab.models.classifier import DigitsClassifier
+from cmlab.released import RELEASED, kind_of, unet_config
 from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.weights import read_json, read_pt, read_safetensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -29,12 +35,7 @@ PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED = tuple(sorted(path.parent.name for path in EMBEDDED_FOLDER.glob(f"*/{CONFIG}")))
-# The twelve checkpoints of Song et al. (2023), as github.com/openai/consistency_models names them.
-RELEASED = tuple(
-    name.format(data)
-    for data in ("imagenet64", "bedroom256", "cat256")
-    for name in ("edm_{}", "cd_{}_l2", "cd_{}_lpips", "ct_{}")
-)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save(
@@ -51,40 +52,56 @@ def save(
     Raises OSError if the folder cannot be written or holds anything but a saved model (it stays as it is), ValueError
     for a weight that is not finite in the dtype, TypeError for a model or a fact that cannot be saved.
     """
-    folder = Path(folder).absolute()
-    config = json.dumps(_describe(model) | {"data": data, "facts": facts}, indent=2)
-    weights = {key: _stored(key, value, dtype) for key, value in _network(model).state_dict().items()}
-    try:
-        _refuse_other_files(folder)
-        _replace(folder, config, weights)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot save to {folder}: {error}. What was there before is untouched.") from error
-    return folder
+    config = _describe(model) | {"data": data, "facts": facts}
+    return _write(Path(folder).absolute(), {CONFIG: config, WEIGHTS: _weights_of(model, dtype)})
 
 
-def load(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype | None = None) -> Denoiser:
-    """A saved Denoiser or ConsistencyModel, by the name of an embedded one ("digits-cd") or by the path of its folder.
+def export(model: ConsistencyModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Writes a consistency model as diffusers keeps it (ConsistencyModelPipeline.from_pretrained reads it); returns the path.
 
-    A name comes first: a folder that is called like an embedded model is "./digits-cd".
-    Ready to use: in eval mode, without gradients, float32 unless dtype says otherwise; model.info is its config. No
-    random numbers are drawn. Raises ValueError for an unknown name (naming the nearest) and for a file that is cut off,
-    foreign or does not fit its config.
+    Atomic, as save. Raises ValueError for a model that the pipeline cannot hold: a diffusion model, another sigma_data than
+    0.5, a network other than a UNet with resblock_updown and num_head_channels; OSError as save.
     """
-    folder = _find(name_or_path)
-    config = _read_config(folder)
+    if type(model) is not ConsistencyModel:
+        raise ValueError(f"the pipeline holds consistency models, got a {type(model).__name__}")
+    if model.sigma_data != interop.SIGMA_DATA:
+        raise ValueError(
+            f"the pipeline's scheduler knows sigma_data = {interop.SIGMA_DATA} only, got {model.sigma_data}"
+        )
+    network = model.net.config
+    files = interop.describe(network, model.sigma_min, model.sigma_max)
+    weights = interop.weights_to_diffusers(network, _weights_of(model, dtype))
+    return _write(Path(folder).absolute(), files | {f"unet/{interop.WEIGHTS}": weights})
+
+
+def load(
+    name_or_path: str | Path, device: str | None = None, dtype: torch.dtype | None = None, kind: str | None = None
+) -> Denoiser:
+    """A Denoiser or ConsistencyModel, ready to use: in eval mode, without gradients; model.info is its config.
+
+    name_or_path is the name of an embedded model ("digits-cd") or of a released one that has been fetched
+    ("cd_imagenet64_lpips"), or the path of a saved model's folder, of a .pt file in the released form, of diffusers' folder of a
+    ConsistencyModelPipeline, or the id of such a one on the Hugging Face hub ("openai/diffusers-cd_imagenet64_l2"). A name comes
+    first: a folder that is called like an embedded model is "./digits-cd".
+    dtype is that of the weights, float32 without it. kind ("denoiser" or "consistency") is needed only for a .pt file whose name does
+    not begin with edm_, cd_ or ct_: the networks are the same. No random numbers are drawn. Raises ValueError for an unknown name
+    (naming the nearest) and for a file that is cut off, foreign or does not fit its config.
+    """
+    place = _find(name_or_path)
+    config, weights, path = _read(place, kind)
     if config["kind"] == DigitsClassifier.kind:
-        raise ValueError(f"{folder} holds a classifier; load it with load_classifier")
-    model = KINDS[config["kind"]](_read_network(folder, config), **{key: config[key] for key in SCALINGS})
+        raise ValueError(f"{place} holds a classifier; load it with load_classifier")
+    model = KINDS[config["kind"]](_assemble(config, weights, path), **{key: config[key] for key in SCALINGS})
     return _ready(model, config, device, dtype)
 
 
 def load_classifier(name_or_path: str | Path, device: str | None = None) -> DigitsClassifier:
     """A saved classifier ("digits-classifier", "tinted-digits-classifier" or a folder), ready to use."""
-    folder = _find(name_or_path)
-    config = _read_config(folder)
+    place = _find(name_or_path)
+    config, weights, path = _read(place, None)
     if config["kind"] != DigitsClassifier.kind:
-        raise ValueError(f"{folder} holds a {KINDS[config['kind']].__name__}, no classifier; load it with load")
-    return _ready(_read_network(folder, config), config, device, None)
+        raise ValueError(f"{place} holds a {KINDS[config['kind']].__name__}, no classifier; load it with load")
+    return _ready(_assemble(config, weights, path), config, device, None)
 
 
 def _network(model: Denoiser | DigitsClassifier) -> nn.Module:
@@ -96,12 +113,18 @@ def _describe(model: Denoiser | DigitsClassifier) -> dict[str, Any]:
     if type(model) not in KINDS.values():
         raise TypeError(f"model must be one of {[k.__name__ for k in KINDS.values()]}, got {type(model).__name__}")
     network = _network(model).config
+    scalings = SCALINGS if model.kind != DigitsClassifier.kind else ()
+    return _config(model.kind, network, {key: float(getattr(model, key)) for key in scalings})
+
+
+def _config(kind: str, network: dict[str, Any], scalings: dict[str, float]) -> dict[str, Any]:
     shape = network.get("shape") or [network["in_channels"], *[network.get("size") or network["image_size"]] * 2]
-    config = {"format": FORMAT, "kind": model.kind, "network": network, "shape": list(shape)}
-    config |= {"num_classes": network.get("num_classes")}
-    if model.kind != DigitsClassifier.kind:
-        config |= {key: float(getattr(model, key)) for key in SCALINGS}
-    return config
+    facts = {"format": FORMAT, "kind": kind, "network": network, "shape": list(shape)}
+    return facts | {"num_classes": network.get("num_classes")} | scalings
+
+
+def _weights_of(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {key: _stored(key, value, dtype) for key, value in _network(model).state_dict().items()}
 
 
 def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -117,32 +140,52 @@ def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return stored
 
 
-def _refuse_other_files(folder: Path) -> None:
-    """Raises FileExistsError if saving to the folder would delete anything but a saved model."""
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.name not in (CONFIG, WEIGHTS):
+def _write(folder: Path, files: dict[str, dict]) -> Path:
+    """Writes {"name.json": object, "name.safetensors": tensors} as the content of a folder, all or nothing; returns it."""
+    try:
+        _refuse_other_files(folder, files)
+        _replace(folder, files)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot save to {folder}: {error}. What was there before is untouched.") from error
+    return folder
+
+
+def _refuse_other_files(folder: Path, names: Iterable[str]) -> None:
+    """Raises FileExistsError if writing to the folder would delete anything but a saved model."""
+    own = {part for name in names for part in (name, *map(str, Path(name).parents))}
+    for path in folder.rglob("*") if folder.exists() else ():
+        if path.relative_to(folder).as_posix() not in own:
             raise FileExistsError(f"it holds {path.name!r}, which is no part of a saved model; name a new folder")
 
 
-def _replace(folder: Path, config: str, weights: dict[str, Tensor]) -> None:
+def _replace(folder: Path, files: dict[str, dict]) -> None:
     """Puts the new files in the place of the old by renaming whole folders; on any failure the old ones stay."""
     partial, previous = _beside(folder, "partial"), _beside(folder, "previous")
     _heal(folder)
     try:
         _remove(partial, previous)
         partial.mkdir(parents=True)
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(config + "\n", encoding="utf-8")
-        os.chmod(partial / WEIGHTS, (partial / CONFIG).stat().st_mode)  # safetensors makes its files private
-        for name in (WEIGHTS, CONFIG):
-            with open(partial / name, "rb+") as file:
-                os.fsync(file.fileno())
+        for name, content in files.items():
+            _write_file(partial / name, content)
         if folder.exists():
             folder.rename(previous)
         partial.rename(folder)
     finally:
         _heal(folder)
         _remove(partial, previous)
+
+
+def _write_file(path: Path, content: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
+        save_file(content, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes its files private
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _beside(folder: Path, suffix: str) -> Path:
@@ -162,38 +205,68 @@ def _heal(folder: Path) -> None:
 
 
 def _find(name_or_path: str | Path) -> Path:
-    """The folder of an embedded model or at a path. Raises ValueError if there is none."""
-    name = str(name_or_path)
-    embedded, folder = EMBEDDED_FOLDER / name, Path(name).absolute()
+    """The folder or file of a model by name or path. Raises ValueError if there is none."""
+    name, path = str(name_or_path), Path(name_or_path).absolute()
     if isinstance(name_or_path, str) and name in EMBEDDED:
-        return embedded
-    if name in RELEASED:
-        raise ValueError(
-            f"{name!r} is a released model: its weights are not on disk, and loading released weights is not part of "
-            f"this version yet. Embedded: {', '.join(EMBEDDED)}"
-        )
-    if folder.is_dir():
-        return folder
-    previous = _beside(folder, "previous")
-    if not folder.exists() and previous.is_dir():  # a save stands, or was killed, between its two renames
+        return EMBEDDED_FOLDER / name
+    if isinstance(name_or_path, str) and name in RELEASED:
+        if not RELEASED[name].path.is_file():
+            raise ValueError(f"{name} is not in {RELEASED[name].path.parent} yet: cmlab fetch {name}")
+        return RELEASED[name].path
+    previous = _beside(path, "previous")
+    if not path.exists() and previous.is_dir():  # a save stands, or was killed, between its two renames
         return previous
-    if folder.exists():
-        raise ValueError(f"{folder} is a file; a saved model is a folder with {CONFIG} and {WEIGHTS}")
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(name):
+        return interop.fetch_from_hub(name)
     known("model or folder", name, [*EMBEDDED, *RELEASED])
-    return folder  # an embedded model's name as a Path: what is missing there is said on reading it
+    return path  # an embedded model's name as a Path: what is missing there is said on reading it
+
+
+def _read(place: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """The config and the weights at a place, whatever their form, and the file that the weights are from."""
+    if place.is_file():
+        return _read_released(place, kind)
+    if (place / interop.INDEX).is_file():
+        network, sigmas, weights, path = interop.read(place)
+        return _config(ConsistencyModel.kind, network, sigmas) | {"data": None, "facts": {}}, weights, path
+    config, path = _read_config(place), place / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{place} is not a saved model: {WEIGHTS} is missing")
+    return config, read_safetensors(path), path
+
+
+def _read_released(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    if path.suffix not in (".pt", ".pth"):
+        raise ValueError(
+            f"{path} is no model: that is a .pt file in the released form, or a folder with {CONFIG} and {WEIGHTS}"
+        )
+    kind = kind or kind_of(path)
+    if kind is None:
+        raise ValueError(f"{path.name} does not say what it holds: give kind='denoiser' or kind='consistency'")
+    known("kind", kind, [Denoiser.kind, ConsistencyModel.kind])
+    weights = read_pt(path)
+    try:
+        with torch.device("meta"):
+            network = build({"name": "unet"} | unet_config(weights)).config
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    released = next((r for r in RELEASED.values() if r.file == path.name), None)
+    scalings = dict(sigma_data=0.5, sigma_min=0.002, sigma_max=80.0)
+    facts = {} if released is None else {"released": released.name}
+    return _config(kind, network, scalings) | {"data": released and released.data, "facts": facts}, weights, path
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is not a saved model: {CONFIG} is missing")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{path} cannot be read as JSON ({error}); is it cut off?") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        given = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} is not a config of this package: format must be {FORMAT}, got {given!r}")
+    config = read_json(path)
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a config of this package: format must be {FORMAT}, got {config.get('format')!r}"
+        )
     kind = known(f"kind in {path}:", config.get("kind"), KINDS)
     needed = ["network"] if kind == DigitsClassifier.kind else ["network", "shape", *SCALINGS]
     kinds = {"network": dict, "shape": list} | dict.fromkeys(SCALINGS, (int, float))
@@ -203,19 +276,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_network(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The network that the config describes, with the weights of the folder."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a saved model: {WEIGHTS} is missing")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut off or is no safetensors file ({error})") from error
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then overwritten
+def _assemble(config: dict[str, Any], weights: dict[str, Tensor], path: Path) -> nn.Module:
+    """The network that the config describes, with these weights, which came from path."""
+    with torch.device("meta"):  # shapes without memory, and no initial weights to draw
         network = _build(config)
     _check_fit(path, {key: tuple(v.shape) for key, v in weights.items()}, network)
-    network.load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     return network
 
 

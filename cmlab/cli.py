@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -166,6 +166,54 @@ def _train_classifier(name: str, output: Path | None) -> int:
     return 0
 
 
+def fetch(names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (), /) -> int:
+    """Fetch released checkpoints. Example: cmlab fetch cd_imagenet64_lpips
+
+    Without a name: lists the twelve and tells which are here. A download that was cut goes on where it stopped.
+
+    Args:
+        names: Names of released checkpoints, or all.
+    """
+    from cmlab import released
+
+    if not names:
+        return _list_released()
+    wanted = list(released.RELEASED) if names == ("all",) else [released.get_released(name).name for name in names]
+    for name in wanted:
+        print(f"{name}: {released.fetch(name)}   (licence: {released.LICENCE})")
+    return 0
+
+
+def _list_released() -> int:
+    from cmlab.released import RELEASED
+
+    rows = [("checkpoint", "model", "here", "published FID by network calls", "two-step ts")]
+    for one in RELEASED.values():
+        fid = ", ".join(f"{value} in {calls}" for calls, value in one.fid.items())
+        ts = f"{','.join(map(str, one.ts))} of {one.steps}" if one.ts else ""
+        rows.append((one.name, one.kind, "yes" if one.path.is_file() else "no", fid, ts))
+    _print_table(rows)
+    return 0
+
+
+def export(
+    model: Model, folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER")], /, to: Literal["diffusers"] = "diffusers"
+) -> int:
+    """Write a consistency model in another form. Example: cmlab export cd_imagenet64_l2 my-pipeline --to diffusers
+
+    diffusers: a folder that ConsistencyModelPipeline.from_pretrained reads.
+
+    Args:
+        model: A consistency model over a U-Net of the released kind: a released name, a .pt file or a folder.
+        folder: The folder to write.
+        to: The form.
+    """
+    from cmlab import checkpoints
+
+    print(f"{to}: {checkpoints.export(checkpoints.load(model), folder)}")
+    return 0
+
+
 def sample(
     model: Model,
     /,
@@ -183,9 +231,10 @@ def sample(
     picture its own noise: the first ten of 100 are the same as 10.
 
     Args:
-        model: The name of an embedded model, or the folder of a saved one.
+        model: The name of an embedded or released model, or the path of a saved one.
         num: How many pictures.
-        steps: Network calls of a consistency model (1), steps of a diffusion sampler (18).
+        steps: Network calls of a consistency model (1), steps of a diffusion sampler (18). Two calls of a released model are made
+            at the levels that were published for it.
         sampler: onestep, multistep for consistency models; heun, euler, dpm, ancestral for diffusion models.
         seed: Of the noise.
         labels: Classes to draw, in turn; all of them without it.
@@ -329,7 +378,7 @@ def refresh(lessons: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LESSON ..
 
 COMMANDS = {
     "tour": tour, "doctor": doctor, "recipes": recipes, "train": train, "sample": sample, "edit": edit,
-    "evaluate": evaluate, "batch": batch, "refresh": refresh,
+    "evaluate": evaluate, "batch": batch, "refresh": refresh, "fetch": fetch, "export": export,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from cmlab.batch import usable_folder
 from cmlab.checks import known, whole
 from cmlab.data import load_data
 from cmlab.noise import karras_sigmas
+from cmlab.released import RELEASED
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.streams import Streams
 
-BATCH = 250  # pictures a network call
+BATCH, PIXELS = 250, 200_000  # pictures a network call; fewer where they have more numbers than this together
 STRIDE = 1 << 32  # between the seeds of two --seed: no two pictures of any two share their noise
 DIFFUSION = {
     "heun": sampling.sample_heun,
@@ -58,10 +60,10 @@ def draw(
     classes = _classes(model, whole("num", num), labels)
     sampled = _sampler(model, steps, sampler)
     stream, device = Streams(num, seed, stride=STRIDE), next(model.parameters()).device
-    images = []
-    for start in tqdm(range(0, num, BATCH), unit="batch", disable=None if num > BATCH else True):
+    images, batch = [], max(1, min(BATCH, PIXELS // math.prod(model.info["shape"])))
+    for start in tqdm(range(0, num, batch), unit="batch", disable=None if num > batch else True):
         stream.set_done_samples(start)
-        some = slice(start, min(start + BATCH, num))
+        some = slice(start, min(start + batch, num))
         noise = stream.randn(some.stop - start, *model.info["shape"]).to(device)
         chosen = None if classes is None else classes[some].to(device)
         images.append(sampled(noise, chosen, stream).cpu())
@@ -90,7 +92,7 @@ def _sampler(model, steps: int | None, name: str | None) -> Callable:
     if consistency:
         if name == "onestep" and steps != 1:
             raise ValueError(f"the onestep sampler makes one step, got steps {steps}; use multistep")
-        sigmas = levels_for(model, steps, model.sigma_max)
+        sigmas = _published_levels(model, steps) or levels_for(model, steps, model.sigma_max)
         return lambda noise, labels, stream: sampling.sample_multistep(
             model, noise, sigmas, labels, generator=stream, clip_denoised=True
         )
@@ -99,6 +101,14 @@ def _sampler(model, steps: int | None, name: str | None) -> Callable:
     return lambda noise, labels, stream: DIFFUSION[name](
         model, noise, sigmas, labels, clip_denoised=True, **random(stream)
     )
+
+
+def _published_levels(model, steps: int) -> list[float] | None:
+    """The two levels that were published with a released model, which were searched for; None for anything else."""
+    one = RELEASED.get(model.info["facts"].get("released"))
+    if one is None or one.ts is None or steps != len(one.ts) - 1:
+        return None
+    return karras_sigmas(one.steps, model.sigma_min, model.sigma_max)[list(one.ts[:-1])].tolist()
 
 
 # --- editing --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,55 @@
-"""Other people's weights: fetched from their address, checked, and read without running code that may be in the file."""
+"""Files with weights and their configs: read with every error named, and without running code that may be in them."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from cmlab.downloads import DownloadError, download
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for a file that is cut off or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path} cannot be read as JSON ({error}); is it cut off?") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError for a file that is cut off or of another kind."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off or is no safetensors file ({error})") from error
+
+
+def read_pt(path: Path, source: Path | io.BytesIO | None = None, advice: str = "") -> dict[str, Tensor]:
+    """The state dict that torch.save wrote to path (or to source, already read). Code in it is refused, and does not run.
+
+    Raises ValueError, ending in advice, for a file that is cut off or holds anything but named tensors.
+    """
+    try:
+        weights = torch.load(source or path, map_location="cpu", weights_only=True)
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            raise TypeError("something in it is no tensor")
+    except Exception as error:  # a foreign file can fail in any way
+        raise ValueError(
+            f"{path} holds something else than weights, or cannot be read ({type(error).__name__}); none of it was run"
+            + advice
+        ) from error
+    return dict(weights)
 
 
 def weights_at(address: str, need: str) -> dict[str, Tensor]:
@@ -27,16 +69,7 @@ def weights_at(address: str, need: str) -> dict[str, Tensor]:
             f"{path} is damaged or another file: its SHA-256 begins with {digest[: len(digits)]}, not {digits}. "
             f"Remove it and fetch {address} again."
         )
-    try:
-        weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if not all(isinstance(value, Tensor) for value in weights.values()):
-            raise TypeError("something in it is no tensor")
-    except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(
-            f"{path} holds something else than weights, or cannot be read ({type(error).__name__}); none of it was run. "
-            f"Remove it and fetch {address} again."
-        ) from error
-    return weights
+    return read_pt(path, io.BytesIO(data), f". Remove it and fetch {address} again.")
 
 
 def hub_path(address: str) -> Path:
@@ -46,9 +79,8 @@ def hub_path(address: str) -> Path:
 
 def _fetch(address: str, path: Path, digits: str, need: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path), hash_prefix=digits)
-    except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors; RuntimeError: not the expected hash
+        download(address, path, digits)
+    except (DownloadError, ValueError) as error:
         raise FileNotFoundError(
             f"{need}, which are not in {path.parent} and could not be fetched ({error}). "
             f"Fetch {address} on a machine with internet and put it there."

@@ -71,7 +71,7 @@ def test_misuse_exits_with_2(capsys):
         ("train digits-edm --output file/run", "cannot write to the output folder file/run: Not a directory"),
         ("tour --resume nowhere", "nothing to resume: nowhere/results.json does not exist"),
         ("sample digit-cd", "unknown model or folder 'digit-cd'. Did you mean 'digits-cd'"),
-        ("sample file", "is a file; a saved model is a folder"),
+        ("sample file", "file is no model: that is a .pt file in the released form"),
         ("sample digits-cd --num 0", "num must be at least 1, got 0"),
         ("sample digits-cd --labels 3 10", "labels must lie in 0 … 9, got 3 10"),
         (

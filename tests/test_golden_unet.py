@@ -3,16 +3,7 @@ import torch
 from golden_tools import TINY, arrays, assert_close, facts, tiny_unet
 
 from cmlab.models.unet import UNet, qkv_attention, timestep_embedding
-
-RELEASED = dict(in_channels=3, out_channels=3, num_head_channels=64, resblock_updown=True)
-IMAGENET64 = dict(
-    image_size=64, model_channels=192, num_res_blocks=3, attention_resolutions=(2, 4, 8), channel_mult=(1, 2, 3, 4),
-    num_classes=1000, use_scale_shift_norm=True, **RELEASED,
-)  # fmt: skip
-LSUN256 = dict(
-    image_size=256, model_channels=256, num_res_blocks=2, attention_resolutions=(8, 16, 32),
-    channel_mult=(1, 1, 2, 2, 4, 4), **RELEASED,
-)  # fmt: skip
+from cmlab.released import IMAGENET64, LSUN256
 
 
 @pytest.mark.parametrize("name", TINY)
