@@ -214,6 +214,55 @@ def export(
     return 0
 
 
+def data(
+    action: Annotated[Literal["prepare"], tyro.conf.arg(metavar="prepare")],
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE")],
+    /,
+    size: int | None = None,
+    output: Path | None = None,
+    colour: Literal["rgb", "grey"] = "rgb",
+    flip: bool = False,
+    split: str = "train",
+    workers: int | None = None,
+) -> int:
+    """Prepare pictures to train on. Example: cmlab data prepare my-pictures --size 64 --flip
+
+    Crops every picture to its middle square, resizes it, and writes one memory-mapped data set; what is no picture is skipped
+    and listed. Stopped, it goes on where it was when called again.
+
+    Args:
+        action: prepare.
+        source: imagenet64, bedroom256 or cat256, which are fetched too; or a folder of pictures (subfolders are classes), of an LMDB
+            as LSUN has it, or that datasets saved; an uncompressed .tar, also of tars; or the id of a data set of the Hugging Face hub,
+            such as ylecun/mnist.
+        size: Height and width in pixels.
+        output: The folder to write, instead of datasets/<source><size>.
+        colour: rgb or grey.
+        flip: Pictures may be mirrored in training: photographs, not text.
+        split: Of a hub data set.
+        workers: Processes; every core without it.
+    """
+    from cmlab.checks import alone
+    from cmlab.prepare import prepare
+    from cmlab.prepared import Prepared, data_folder
+    from cmlab.raw import RAW, fetch_and_prepare
+
+    if source in RAW:
+        alone(source, size=size, output=output, flip=flip)
+        prepared = fetch_and_prepare(source, workers)
+    elif size is None:
+        raise ValueError("give the --size of the pictures in pixels")
+    else:
+        folder = output or data_folder() / f"{Path(source).stem}{size}"
+        prepared = [Prepared(prepare(source, folder, size, colour, flip, split, workers))]
+    for found in prepared:
+        skipped = found.facts["skipped"]
+        print(f"{found.count} pictures of {found.num_classes or 'no'} classes, {len(skipped)} skipped: {found.folder}")
+        for name, reason in skipped[:10]:
+            print(f"skipped {name}: {reason}")
+    return 0
+
+
 def sample(
     model: Model,
     /,
@@ -379,6 +428,7 @@ def refresh(lessons: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LESSON ..
 COMMANDS = {
     "tour": tour, "doctor": doctor, "recipes": recipes, "train": train, "sample": sample, "edit": edit,
     "evaluate": evaluate, "batch": batch, "refresh": refresh, "fetch": fetch, "export": export,
+    "data": data,
 }  # fmt: skip
 
 

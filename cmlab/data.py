@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cmlab.checks import known, same_shape, whole
+from cmlab.prepared import Prepared, data_folder
+from cmlab.streams import randint
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ class Data:
         """The shape of one image."""
         return tuple(self.images.shape[1:])
 
+    @property
+    def count(self) -> int:
+        """How many training images there are."""
+        return len(self.images)
+
+    def choose(self, n: int, generator: torch.Generator, first: int = 0, seed: int = 0) -> Tensor:
+        """The indices of n training images: drawn with replacement, whatever was drawn before."""
+        return randint(0, self.count, (n,), generator)
+
     def batch(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The training images and labels at the given indices (B,), rendered afresh where the data set can."""
         labels = None if self.labels is None else self.labels[index]
@@ -45,13 +57,21 @@ class Data:
         return self.render(self.source[index], generator), labels
 
 
-def load_data(name: str) -> Data:
-    """An embedded data set: "digits" (1, 8, 8), "tinted-digits" (3, 16, 16) or "moons" (points of the plane).
+def load_data(name: str) -> Data | Prepared:
+    """An embedded data set, "digits" (1, 8, 8), "tinted-digits" (3, 16, 16) or "moons" (points of the plane), or a prepared one.
 
+    A prepared one is named by its folder, or by its name in prepared.data_folder().
     digits: scikit-learn's 1,797 handwritten digits (Alpaydin & Kaynak 1998), 1,437 to train on and 360 held out, the same split everywhere.
-    Raises ValueError for an unknown name, with the nearest known one.
+    Raises ValueError for an unknown name, with the nearest known one, and for a folder that holds no prepared data set.
     """
-    return _LOADERS[known("data set", name, _LOADERS)]()
+    if name in _LOADERS:
+        return _LOADERS[name]()
+    for folder in (Path(name), data_folder() / name):
+        if folder.is_dir():
+            return Prepared(folder, name)
+    if name in BIG:
+        raise ValueError(f"{name} is not in {data_folder()} yet: {BIG[name]} fetches and prepares it")
+    known("data set", name, [*_LOADERS, *BIG])
 
 
 @cache
@@ -114,4 +134,9 @@ def moons(n: int, generator: torch.Generator, width: float = 0.05) -> Tensor:
     return points + width * torch.randn(n, 2, generator=generator)
 
 
+BIG = {
+    "imagenet64": "datasets/imagenet/fetch_imagenet.sh",
+    "bedroom256": "datasets/lsun_bedroom/fetch_lsun_bedroom.sh",
+    "cat256": "datasets/lsun_cat/fetch_lsun_cat.sh",
+}
 _LOADERS = {"digits": _digits, "tinted-digits": _tinted_digits, "moons": _moons}

@@ -1,0 +1,205 @@
+"""Where pictures come from before they are a data set: folders, tars (also tars in tars), LSUN's LMDBs, the Hugging Face hub.
+
+A source knows its pictures by items that are cheap to list and to send to another process, and reads one of them as the bytes
+of a picture file. Archives are read where they are: nothing is unpacked, so no member can land anywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class Item(NamedTuple):
+    """One picture: what to call it, its class by name (None: the source has no classes), and where its source finds it."""
+
+    name: str
+    label: str | None
+    place: Any
+
+
+class Listed:
+    """What all sources share."""
+
+    def classes(self, items: list[Item]) -> list[str]:
+        """The names of the classes, in the order of their numbers; none for a source without."""
+        return sorted({item.label for item in items} - {None})
+
+
+@dataclass
+class Folder(Listed):
+    """Picture files below a folder, in the order of their paths. Subfolders, where all files are in some, are the classes."""
+
+    path: Path
+
+    def items(self) -> list[Item]:
+        """Every picture file."""
+        files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        inside = [file.relative_to(self.path) for file in files]
+        classes = bool(inside) and all(len(file.parts) > 1 for file in inside)
+        return [Item(str(file), file.parts[0] if classes else None, str(file)) for file in inside]
+
+    def read(self, place: str) -> bytes:
+        """The bytes of one file."""
+        return (self.path / place).read_bytes()
+
+
+@dataclass
+class Tar(Listed):
+    """Pictures in an uncompressed tar, or in tars inside it (ImageNet's training set: one a class, named by its WordNet id).
+
+    The class is the inner tar's name, or else the folder that a picture is in.
+    """
+
+    path: Path
+    _file: Any = field(default=None, repr=False, compare=False)
+
+    def items(self) -> list[Item]:
+        """Every picture, sorted by name; each with the place of its bytes in the file."""
+        found = sorted(self._walk(self.path.open("rb"), 0, None))
+        classes = all(item.label for item in found)
+        return [item if classes else item._replace(label=None) for item in found]
+
+    def _walk(self, file, offset: int, label: str | None) -> Iterator[Item]:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    start = offset + member.offset_data
+                    if member.isfile() and member.name.endswith(".tar"):
+                        yield from self._walk(tar.extractfile(member), start, Path(member.name).stem)
+                    elif member.isfile() and Path(member.name).suffix.lower() in PICTURES:
+                        folder = Path(member.name).parent.name
+                        yield Item(member.name, label or folder or None, (start, member.size))
+        except tarfile.TarError as error:
+            raise ValueError(f"{self.path} is cut off or is no uncompressed tar ({error})") from error
+
+    def read(self, place: tuple[int, int]) -> bytes:
+        """The bytes at one place."""
+        if self._file is None:
+            self._file = self.path.open("rb")
+        self._file.seek(place[0])
+        return self._file.read(place[1])
+
+    def __getstate__(self):
+        return {"path": self.path, "_file": None}  # every process opens its own
+
+
+@dataclass
+class Lmdb(Listed):
+    """The pictures of a folder with data.mdb, as LSUN has them: every value is a picture file."""
+
+    path: Path
+    _transaction: Any = field(default=None, repr=False, compare=False)
+
+    def items(self) -> list[Item]:
+        """Every key, in the order of the keys."""
+        with self._open().begin() as transaction:
+            return [Item(key.decode("latin-1"), None, key) for key in transaction.cursor().iternext(values=False)]
+
+    def _open(self):
+        import lmdb
+
+        try:
+            return lmdb.open(str(self.path), readonly=True, lock=False, readahead=False)
+        except lmdb.Error as error:
+            raise ValueError(f"{self.path} is cut off or is no LMDB ({error})") from error
+
+    def read(self, place: bytes) -> bytes:
+        """The value of one key."""
+        if self._transaction is None:
+            self._transaction = self._open().begin()
+        return self._transaction.get(place)
+
+    def __getstate__(self):
+        return {"path": self.path, "_transaction": None}
+
+
+@dataclass
+class Hub(Listed):
+    """The pictures of a data set of the Hugging Face hub, or of one that `datasets` has saved: rows with an image, perhaps a label."""
+
+    name: str
+    split: str = "train"
+    _rows: Any = field(default=None, repr=False, compare=False)
+
+    def items(self) -> list[Item]:
+        """Every row."""
+        rows, names = self._load(), self.classes([])
+        labels = [names[k] for k in rows[self._column("ClassLabel")]] if names else [None] * len(rows)
+        return [Item(str(k), value, k) for k, value in enumerate(labels)]
+
+    def classes(self, items: list[Item]) -> list[str]:
+        """The names that the data set gives its classes, in its own order."""
+        column = self._column("ClassLabel", self._load())
+        return list(self._load().features[column].names) if column else []
+
+    def _load(self):
+        if self._rows is None:
+            import datasets
+
+            if Path(self.name).is_dir():
+                loaded = datasets.load_from_disk(self.name)
+                rows = loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            else:
+                rows = datasets.load_dataset(self.name, split=self.split)
+            self._rows = rows.cast_column(self._column("Image", rows), datasets.Image(decode=False))
+        return self._rows
+
+    def _column(self, kind: str, rows=None) -> str | None:
+        rows = self._rows if rows is None else rows
+        found = [name for name, feature in rows.features.items() if type(feature).__name__ == kind]
+        if not found and kind == "Image":
+            raise ValueError(f"{self.name} has no column of images, only {', '.join(rows.features)}")
+        return found[0] if found else None
+
+    def read(self, place: int) -> bytes:
+        """The bytes of one row's picture."""
+        cell = self._load()[place][self._column("Image")]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    def __getstate__(self):
+        return {"name": self.name, "split": self.split, "_rows": None}
+
+
+Source = Folder | Tar | Lmdb | Hub
+
+
+def find_source(name: str | Path, split: str = "train") -> Source:
+    """What a name stands for: a folder of pictures, of an LMDB or of a saved data set, a .tar, or an id of the hub.
+
+    Raises ValueError for a path that is none of them.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix == ".tar":
+            return Tar(path.absolute())
+        raise ValueError(f"{path} is no source of pictures: give a folder, an LMDB, an uncompressed .tar or a hub id")
+    if path.is_dir():
+        if (path / "data.mdb").is_file():
+            return Lmdb(path.absolute())
+        saved = any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+        return Hub(str(path.absolute()), split) if saved else Folder(path.absolute())
+    if "/" in str(name) and len(path.parts) == 2 and not path.is_absolute():
+        return Hub(str(name), split)
+    raise ValueError(f"no such folder, .tar or hub data set: {name}")
+
+
+def picture(data: bytes) -> Image.Image:
+    """The image, RGB or grey (L), that the bytes of a picture file hold. Raises ValueError for bytes that hold none."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Exception as error:  # of a damaged file, anything
+        raise ValueError(f"no picture: {type(error).__name__}: {error}") from error
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
