@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _ROOMS = [
     "batch", "checkpoints", "data", "distances", "downloads", "editing", "exact", "extractors", "interop",
-    "lessons", "metrics", "models", "noise", "objectives", "ode", "pictures", "plots", "recipes", "released",
+    "lessons", "metrics", "models", "noise", "objectives", "ode", "pictures", "plots", "recipes", "released", "run",
     "sampling", "scaling", "streams", "tour", "training", "widgets",
 ]  # fmt: skip
 _HOMES = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 from cmlab.checks import known, positive, whole, within
 from cmlab.distances import PseudoHuber
 from cmlab.noise import LogNormal
@@ -21,10 +23,13 @@ from cmlab.objectives import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a training run is made of. batch is the global one, over all processes; bf16 takes effect where the device has it.
+    """All that a training run is made of. batch is the global one, over all processes.
 
     The learning rate warms up over warmup steps, stays, and falls to zero over the last decay share of the run. ema is the
-    decay of the averaged weights that are kept; clip the largest gradient norm. teacher and init_from name saved models;
+    decay of the averaged weights that are kept, or several, of which the last is the model; clip the largest gradient norm
+    (math.inf: none). precision is "fp32", "bf16" (where the device multiplies it, else float32) or "fp16" (with loss scaling).
+    micro_batches is in how many parts a batch is computed, one after the other or on as many devices: each has random numbers
+    of its own. checkpointing computes activations twice to keep fewer (U-Net only). teacher and init_from name saved models;
     teacher="exact" is the closed-form denoiser of the training data. Raises ValueError or TypeError for a bad value.
     """
 
@@ -39,9 +44,11 @@ class Recipe:
     decay: float = 0.4
     betas: tuple[float, float] = (0.9, 0.99)
     optimizer: str = "adamw"
-    ema: float = 0.999
+    ema: float | tuple[float, ...] = 0.999
     clip: float = 10.0
-    bf16: bool = True
+    precision: str = "bf16"
+    micro_batches: int = 1
+    checkpointing: bool = False
     seed: int = 0
     teacher: str | None = None
     init_from: str | None = None
@@ -52,12 +59,27 @@ class Recipe:
         whole("iterations", self.iterations)
         whole("batch", self.batch)
         positive("lr", self.lr)
-        positive("clip", self.clip)
+        if not self.clip > 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}")
+        known("precision", self.precision, PRECISIONS)
+        if self.batch % whole("micro_batches", self.micro_batches):
+            raise ValueError(f"micro_batches must divide the batch of {self.batch}, got {self.micro_batches}")
         whole("warmup", self.warmup, 0)
         whole("seed", self.seed, 0)
-        for name, share in (("decay", self.decay), ("ema", self.ema), *(("betas", beta) for beta in self.betas)):
+        if not self.emas:
+            raise ValueError("ema must be one rate or more, got none")
+        for name, share in (
+            ("decay", self.decay),
+            *(("ema", rate) for rate in self.emas),
+            *(("betas", b) for b in self.betas),
+        ):
             within(name, share, 0, 1)
         known("optimizer", self.optimizer, ["adamw", "radam"])
+
+    @property
+    def emas(self) -> tuple[float, ...]:
+        """ema as a tuple, of one or more."""
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
 
     def replace(self, **changes) -> Recipe:
         """A copy with the given fields changed. Raises ValueError for a field that a recipe does not have."""
@@ -80,6 +102,7 @@ class Recipe:
         return fields | {"betas": list(self.betas)}
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MLP = dict(name="mlp", width=512, depth=4, num_classes=10)
 DIGITS_NET = dict(**MLP, shape=[1, 8, 8])
 FORGETFUL = dict(**DIGITS_NET, dropout=0.3)  # a teacher without dropout copies its training digits
@@ -144,19 +167,19 @@ _ALL = [
         cost="11 min", expected="within 0.1 RMSE of its teacher's ODE at every level; editing: see lesson 05",
     ),
     Recipe(
-        "moons-edm", "moons", MOONS_NET, EDM(**MOONS), iterations=1500, batch=384, lr=2e-3, bf16=False,
+        "moons-edm", "moons", MOONS_NET, EDM(**MOONS), iterations=1500, batch=384, lr=2e-3, precision="fp32",
         cost="10 s", expected="two moons, sliced Wasserstein about that of real points",
     ),
     Recipe(
         "moons-cd", "moons", MOONS_NET,
         ConsistencyDistillation(**MOONS, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.03)), iterations=1000, batch=256,
-        lr=3e-3, bf16=False, teacher="exact",
+        lr=3e-3, precision="fp32", teacher="exact",
         cost="15 s", expected="one call within 1.3 x its teacher's sliced Wasserstein",
     ),
     Recipe(
         "moons-ct", "moons", MOONS_NET,
         ConsistencyTraining(**MOONS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)), iterations=1500, batch=384,
-        bf16=False,
+        precision="fp32",
         cost="15 s", expected="two moons without a teacher",
     ),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from test_training import OBJECTIVES, SMALL, losses
 
 from cmlab.data import load_data
-from cmlab.training import Run, TrainingDiverged
+from cmlab.run import Run, TrainingDiverged
 
 NAMES = ["edm", "cd with a target network", "ct without a target network"]
 
@@ -23,9 +23,14 @@ def recipe_of(name):
     return SMALL.replace(objective=objective, network=dict(SMALL.network, dropout=0.0))
 
 
+# In parts that the ranks share out whole, dropout does not depend on them either.
+IN_PARTS = SMALL.replace(micro_batches=4)
+
+
 def trained(folder):
     """What every rank does: the losses of each recipe, and how a broken gradient ends."""
     seen = {name: losses(recipe_of(name)) for name in NAMES}
+    seen["in parts"] = losses(IN_PARTS)
     run = Run(SMALL, load_data("digits"), None, "cpu", 0)
     next(run.student.parameters()).register_hook(lambda gradient: gradient * float("nan"))
     try:
@@ -57,6 +62,11 @@ def test_two_ranks_have_the_losses_of_one_process(ranks, name):
     alone = losses(recipe_of(name))
     for rank in ranks:
         assert rank[name] == pytest.approx(alone, rel=1e-5)
+
+
+def test_micro_batches_have_the_same_dropout_on_any_number_of_ranks(ranks):
+    for rank in ranks:
+        assert rank["in parts"] == pytest.approx(losses(IN_PARTS), rel=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_stops_every_rank(ranks):

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -10,16 +11,18 @@ import pytest
 import torch
 from toys import random_model, random_net
 
+from cmlab import checkpoints
 from cmlab.data import load_data
 from cmlab.exact import DatasetDenoiser
 from cmlab.noise import LogNormal
 from cmlab.objectives import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmlab.recipes import RECIPES, Recipe, get_recipe
+from cmlab.run import Run, TrainingDiverged, multiplies_bf16, parts_of
 from cmlab.scaling import ConsistencyModel, Denoiser
-from cmlab.training import Run, TrainingDiverged, multiplies_bf16, train
+from cmlab.training import train
 
 NET = dict(name="mlp", shape=[1, 8, 8], width=16, depth=1, num_classes=10, dropout=0.2, embedding=16)
-SMALL = Recipe("small", "digits", NET, EDM(sigma_max=20.0), iterations=12, batch=32, warmup=2, bf16=False)
+SMALL = Recipe("small", "digits", NET, EDM(sigma_max=20.0), iterations=12, batch=32, warmup=2, precision="fp32")
 TEACHER = random_model(Denoiser, num_classes=10)
 OBJECTIVES = {
     "edm": EDM(sigma_max=20.0),
@@ -90,6 +93,87 @@ def test_edm_training_learns_to_denoise():
     assert sum(seen[-20:]) < 0.75 * sum(seen[:20])
 
 
+def test_micro_batches_add_up_to_the_batch():
+    """Each part's gradients, taken one by one and averaged, are those that the step takes."""
+    recipe = SMALL.replace(micro_batches=4, clip=math.inf)
+    run, parts = Run(recipe, load_data("digits"), None, "cpu", 0), []
+    for k in range(4):
+        run._losses(k, 0, 1)[0].mean().backward()
+        parts.append(torch.cat([p.grad.flatten() for p in run.student.parameters()]))
+        run.optimizer.zero_grad()
+    norm = run.advance(None)[1]
+    assert norm == pytest.approx(float(torch.stack(parts).mean(0).norm()), rel=1e-5)
+    assert len({float(part.norm()) for part in parts}) == 4, "each part has images and noise of its own"
+
+
+def test_every_rate_of_averaging_is_kept_and_the_last_is_the_model(tmp_path):
+    recipe = SMALL.replace(ema=(0.0, 0.5))
+    *_, last = train(recipe, device="cpu", folder=tmp_path)
+    run = Run(recipe, load_data("digits"), None, "cpu", 0)
+    run.restore(tmp_path)
+    newest, slow = (checkpoints.load(tmp_path / name).net for name in ("model-ema-0", "model"))
+    assert all(torch.equal(a, b) for a, b in zip(newest.parameters(), run.student.net.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(slow.parameters(), last.model.net.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(slow.parameters(), newest.parameters(), strict=True))
+
+
+def test_float16_gradients_that_overflow_are_reported_and_left_out():
+    run = Run(SMALL.replace(precision="fp16"), load_data("digits"), None, "cpu", 0)
+    before = [p.detach().clone() for p in run.student.parameters()]
+    next(run.student.parameters()).register_hook(lambda gradient: gradient * (math.inf if run.step == 0 else 1))
+    scale = run.scaler.get_scale()
+    run.advance(None)
+    assert run.overflows == 1 and run.scaler.get_scale() == scale / 2
+    assert all(torch.equal(p, q) for p, q in zip(run.student.parameters(), before, strict=True))
+    run.advance(None)
+    assert run.overflows == 1 and any(
+        not torch.equal(p, q) for p, q in zip(run.student.parameters(), before, strict=True)
+    )
+
+
+def test_float16_training_learns_as_float32_does():
+    wide = SMALL.replace(iterations=40, network=dict(NET, width=64, dropout=0.0))
+    full, half = losses(wide), losses(wide.replace(precision="fp16"))
+    assert half != full and sum(half[-10:]) == pytest.approx(sum(full[-10:]), rel=0.02)
+
+
+def test_checkpointing_changes_no_number():
+    network = dict(name="unet", image_size=8, in_channels=1, model_channels=32, out_channels=1, num_res_blocks=1)
+    network |= dict(attention_resolutions=[2], channel_mult=[1, 1], num_classes=10, dropout=0.3, resblock_updown=True)
+    recipe = SMALL.replace(network=network, iterations=3, batch=4)
+    assert losses(recipe.replace(checkpointing=True)) == losses(recipe)
+
+
+def test_a_look_is_taken_as_often_as_asked():
+    models = [record.model is not None for record in train(SMALL, device="cpu", look_every=5)]
+    assert [k for k, there in enumerate(models, 1) if there] == [5, 10, 12]
+
+
+def test_resume_auto_begins_and_goes_on(tmp_path):
+    uninterrupted = losses(SMALL)
+    for step, _ in enumerate(train(SMALL, device="cpu", folder=tmp_path, save_every=5, resume="auto"), 1):
+        if step == 7:
+            break
+    assert losses(SMALL, folder=tmp_path, resume="auto") == uninterrupted[5:]
+
+
+@pytest.mark.parametrize(
+    ("parts", "ranks", "expected"),
+    [
+        (1, 1, [[(0, 0, 1)]]),
+        (4, 2, [[(0, 0, 1), (1, 0, 1)], [(2, 0, 1), (3, 0, 1)]]),
+        (2, 4, [[(0, 0, 2)], [(0, 1, 2)], [(1, 0, 2)], [(1, 1, 2)]]),
+    ],
+)
+def test_processes_share_the_parts_out(parts, ranks, expected):
+    assert [parts_of(SMALL.replace(micro_batches=parts), rank, ranks) for rank in range(ranks)] == expected
+
+
+def test_parts_that_cannot_be_shared_out_are_refused():
+    with pytest.raises(ValueError, match="batch 32 in 4 micro-batches cannot be shared out over 3 processes"):
+        parts_of(SMALL.replace(micro_batches=4), 0, 3)
+
+
 def test_the_last_record_carries_the_averaged_model(tmp_path):
     *_, last = train(SMALL, device="cpu", folder=tmp_path)
     assert last.step == last.total == 12 and isinstance(last.model, Denoiser) and not last.model.training
@@ -111,7 +195,7 @@ def test_gradients_are_clipped_to_the_recipes_norm():
     def look(optimizer, args, kwargs):
         seen.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]).norm())
 
-    run.optimizer.optimizer.register_step_pre_hook(look)
+    run.optimizer.register_step_pre_hook(look)
     norm = run.advance(None)[1]
     assert norm > 1e-3 and float(seen[0]) == pytest.approx(1e-3, rel=1e-2)
 
@@ -240,8 +324,12 @@ def test_recipes_are_named_described_and_checked():
         (lambda: SMALL.replace(iterations=0), "iterations must be at least 1, got 0"),
         (lambda: SMALL.replace(lr=float("nan")), "lr must be a finite number above 0, got nan"),
         (lambda: SMALL.replace(optimizer="adam"), "Known: adamw, radam"),
-        (lambda: SMALL.replace(clip=0.0), "clip must be a finite number above 0, got 0"),
+        (lambda: SMALL.replace(clip=0.0), "clip must be above 0, got 0"),
         (lambda: SMALL.replace(ema=1.5), r"ema must lie in \[0, 1\], got 1.5"),
+        (lambda: SMALL.replace(ema=(0.9, 1.5)), r"ema must lie in \[0, 1\], got 1.5"),
+        (lambda: SMALL.replace(ema=()), "ema must be one rate or more, got none"),
+        (lambda: SMALL.replace(precision="fp8"), "unknown precision 'fp8'. Did you mean 'fp"),
+        (lambda: SMALL.replace(micro_batches=5), "micro_batches must divide the batch of 32, got 5"),
         (lambda: SMALL.replace(decay=-0.1), r"decay must lie in \[0, 1\], got -0.1"),
         (lambda: SMALL.replace(warmup=-1), "warmup must be at least 0, got -1"),
         (lambda: SMALL.replace(betas=(0.9, 2.0)), r"betas must lie in \[0, 1\], got 2.0"),
@@ -259,5 +347,5 @@ def test_bfloat16_is_left_alone_on_a_cpu_that_would_emulate_it(monkeypatch, has,
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert multiplies_bf16(torch.device("cpu")) == used
     with mock.patch("torch.autocast", wraps=torch.autocast) as autocast:
-        next(train(SMALL.replace(bf16=True)))
+        next(train(SMALL.replace(precision="bf16")))
     assert {call.kwargs["enabled"] for call in autocast.call_args_list} == {used}

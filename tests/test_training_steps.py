@@ -11,8 +11,8 @@ from cmlab.checkpoints import save
 from cmlab.data import load_data
 from cmlab.objectives import EDM, ConsistencyDistillation, ConsistencyTraining
 from cmlab.recipes import Recipe
+from cmlab.run import Run
 from cmlab.scaling import ConsistencyModel, Denoiser
-from cmlab.training import Run
 
 LOW, HIGH, TOTAL, STEPS = 0.002, 20.0, 9, 8  # RAdam leaves its unrectified first steps at step 6
 NET = random_net(num_classes=10, dropout=0.3)
@@ -93,7 +93,7 @@ def by_hand(run, recipe, teacher):
     for k in range(STEPS):
         optimizer.param_groups[0]["lr"] = lr = recipe.lr_at(k)
         with torch.random.fork_rng(devices=[]):
-            loss = loss_by_hand(objective, k, student, target, teacher, run._draw(), run._number(1))
+            loss = loss_by_hand(objective, k, student, target, teacher, run._draw(0, 0, 1), run._number(1))
         optimizer.zero_grad()
         loss.backward()
         norm = clip_by_hand(student, recipe.clip)
@@ -119,7 +119,7 @@ def test_a_run_takes_the_steps_of_the_loop_written_by_hand(objective, optimizer,
     init = save(ConsistencyModel(NET), tmp_path / "init")
     recipe = Recipe(
         "by-hand", "digits", NET.config, objective, iterations=TOTAL, batch=16, lr=0.01, warmup=3, betas=(0.8, 0.95),
-        optimizer=optimizer, ema=0.3, clip=0.2, bf16=False, init_from=str(init),
+        optimizer=optimizer, ema=0.3, clip=0.2, precision="fp32", init_from=str(init),
     )  # fmt: skip
     teacher = None
     if objective.needs_teacher:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cmlab.checks import check_labels, same_shape, whole
 from cmlab.models.small import zeroed
@@ -62,6 +63,7 @@ class UNet(nn.Module):
     use_scale_shift_norm    the noise level scales and shifts a normalised layer (ImageNet); else it is added (LSUN)
     resblock_updown         residual blocks change the resolution (all released models); else convolutions do
 
+    checkpointing = True makes a training step keep only the activations between blocks, and compute those inside again.
     Weights may be of any floating dtype: x is cast to it on the way in, the output back to x's. config holds the
     arguments, ready for json, with "name": "unet".
     Raises ValueError or TypeError for arguments that do not fit together.
@@ -93,6 +95,7 @@ class UNet(nn.Module):
             num_head_channels=_given(num_head_channels), num_heads_upsample=_given(num_heads_upsample),
             use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
         )  # fmt: skip
+        self.checkpointing = False
         widths = _check_config(**self.config)
         emb_channels = 4 * model_channels
         self.time_embed = nn.Sequential(
@@ -120,12 +123,17 @@ class UNet(nn.Module):
             emb = emb + self.label_emb(labels)
         h, skips = x.to(dtype), []
         for block in self.input_blocks:
-            h = _run(block, h, emb)
+            h = self._pass(block, h, emb)
             skips.append(h)
-        h = _run(self.middle_block, h, emb)
+        h = self._pass(self.middle_block, h, emb)
         for block in self.output_blocks:
-            h = _run(block, torch.cat([h, skips.pop()], dim=1), emb)
+            h = self._pass(block, torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h).to(x.dtype)
+
+    def _pass(self, block: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(_run, block, h, emb, use_reentrant=False)  # with the same dropout mask the second time
+        return _run(block, h, emb)
 
     def _check_input(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> None:
         channels, multiple = self.config["in_channels"], 2 ** (len(self.config["channel_mult"]) - 1)

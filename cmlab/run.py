@@ -1,0 +1,321 @@
+"""One training run: the networks, the optimizer, and one step after the other; saved and restored exactly.
+
+Every random number of a step comes from (seed, step), never from what happened before, so that a run that was killed goes
+on bit for bit as if it had not been, and so that the draws do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cmlab import checkpoints
+from cmlab.checks import whole
+from cmlab.data import Data, Prepared
+from cmlab.exact import DatasetDenoiser
+from cmlab.models import build
+from cmlab.objectives import ProgressiveDistillation
+from cmlab.recipes import PRECISIONS, Recipe
+from cmlab.scaling import Denoiser
+from cmlab.streams import randn, seeded
+
+LARGEST_SEED = 2**32  # beyond it (seed, step) would not fit into the 64 bits of torch's seeds
+STREAMS = 1_009  # of random numbers a step: one of draws and one of dropout for every micro-batch, or share of one
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient stopped being finite. The message names the step, the noise levels and the last good checkpoint."""
+
+
+class Run:
+    """The state of one training: student, target, averages, optimizer and step.
+
+    A batch is micro_batches parts, each with random numbers of its own. The processes share the parts out and compute theirs one
+    after the other, adding up gradients; where there are more processes than parts, several share one.
+    """
+
+    def __init__(self, recipe: Recipe, data: Data | Prepared, teacher: Callable | None, device: str | None, seed: int):
+        self.recipe, self.data, self.seed, self.step = recipe, data, whole("seed", seed, 0), 0
+        if seed > LARGEST_SEED:
+            raise ValueError(f"seed must be at most {LARGEST_SEED}, got {seed}")
+        self.accelerator = accelerator_on(device)
+        self.parts = parts_of(recipe, self.accelerator.process_index, self.accelerator.num_processes)
+        self.precision, self.overflows = precision_on(recipe.precision, self.accelerator.device), 0
+        student = self._new_student()
+        teacher = self._own_teacher() if teacher is None else copy.deepcopy(teacher)  # the caller's stays as it is
+        if isinstance(teacher, nn.Module):  # an exact denoiser is a plain function
+            teacher = teacher.eval().requires_grad_(False).to(self.accelerator.device)
+        self.teacher, self.teacher_is_own = teacher, False
+        student = student.to(self.accelerator.device)
+        self.emas = [AveragedModel(student, multi_avg_fn=partial(self._ema_average, rate)) for rate in recipe.emas]
+        self.target = self._new_target(student)
+        self.optimizer = self._new_optimizer(student)
+        self.student = self.accelerator.prepare(student)
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == torch.float16)
+
+    @property
+    def ema(self) -> AveragedModel:
+        """The average that becomes the model: the last of the recipe's rates."""
+        return self.emas[-1]
+
+    def _new_student(self) -> Denoiser:
+        r = self.recipe
+        with seeded(self.seed):
+            net = build(r.network)
+        net.checkpointing = r.checkpointing
+        if r.init_from:
+            net.load_state_dict(checkpoints.load(r.init_from).net.state_dict())
+        return checkpoints.KINDS[r.objective.model_kind](
+            net, self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
+        ).train()
+
+    def _own_teacher(self) -> Callable | None:
+        if self.recipe.teacher == "exact":
+            if not isinstance(self.data, Data):
+                raise ValueError(
+                    f"teacher 'exact' sums over all images, which {self.data.name} keeps on disk: name a model"
+                )
+            return DatasetDenoiser(self.data.images, self.data.labels if self._conditional else None)
+        if self.recipe.teacher is None and self.recipe.objective.needs_teacher:
+            raise ValueError(f"recipe {self.recipe.name} distils and names no teacher: give one, train(…, teacher=…)")
+        return checkpoints.load(self.recipe.teacher) if self.recipe.teacher else None
+
+    @property
+    def _conditional(self) -> bool:
+        return self.recipe.network.get("num_classes") is not None
+
+    def _new_target(self, student: nn.Module) -> AveragedModel | None:
+        if self.recipe.objective.mu(self.recipe.iterations, self.recipe.iterations) == 0:
+            return None
+        target = AveragedModel(student, multi_avg_fn=self._target_average).train()
+        target.n_averaged.fill_(1)  # of none, the first update would copy the student instead of averaging
+        return target.requires_grad_(False)
+
+    def _new_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
+        kind = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[self.recipe.optimizer]
+        fused = {"fused": True} if self.recipe.optimizer == "adamw" else {}
+        return kind(student.parameters(), lr=self.recipe.lr, betas=self.recipe.betas, weight_decay=0.0, **fused)
+
+    def _ema_average(self, rate: float, averages, parameters, count) -> None:
+        count = int(count)
+        decay = min(rate, (1 + count) / (10 + count))  # short runs: do not remember the initial weights
+        get_ema_multi_avg_fn(decay)(averages, parameters, count)
+
+    def _target_average(self, averages, parameters, count) -> None:
+        get_ema_multi_avg_fn(self.recipe.objective.mu(self.step, self.recipe.iterations))(averages, parameters, count)
+
+    def advance(self, folder: str | Path | None) -> tuple[float, float, float]:
+        """One step: returns its loss, the gradient's norm before clipping, and the learning rate."""
+        lr = self.recipe.lr_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._change_teacher()
+        losses, sigmas = self._backward()
+        bad = ~torch.isfinite(self.accelerator.gather(losses))
+        if bad.any():
+            self._stop("loss", f", sigma {self.accelerator.gather(sigmas)[bad].tolist()[:3]}", folder)
+        norm = self._update(folder)
+        self.step += 1
+        return float(self.accelerator.reduce(losses.mean(), "mean")), norm, lr
+
+    def _backward(self) -> tuple[Tensor, Tensor]:
+        """Adds up the gradients of this process's parts of the batch; returns their losses and highest levels, (B',) each."""
+        losses, sigmas = [], []
+        mine = self.recipe.batch // self.accelerator.num_processes
+        for k, part in enumerate(self.parts, 1):
+            last = k == len(self.parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.student):
+                values, levels = self._losses(*part)
+                self.scaler.scale(values.sum() / mine).backward()
+            losses.append(values.detach())
+            sigmas.append(levels[0])
+        return torch.cat(losses), torch.cat(sigmas)
+
+    def _update(self, folder: str | Path | None) -> float:
+        """Clips, steps and averages; returns the norm before. In float16 a step whose gradients overflow is left out."""
+        self.scaler.unscale_(self.optimizer)
+        norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.clip))
+        overflow = not math.isfinite(norm)
+        if overflow and self.scaler.get_scale() <= 1:  # 1 where there is no scaling
+            self._stop("gradient", "", folder)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.overflows += overflow
+        if not overflow:
+            student = self.accelerator.unwrap_model(self.student)
+            for average in [*self.emas, self.target] if self.target else self.emas:  # the target with this step's mu(k)
+                average.update_parameters(student)
+        return norm
+
+    def _losses(self, part: int, share: int, shares: int) -> tuple[Tensor, list[Tensor]]:
+        images, labels, noise, levels = self._draw(part, share, shares)
+        target = None if self.target is None else self.target.module
+        if target is None and self.accelerator.num_processes > 1:
+            target = self.accelerator.unwrap_model(self.student)  # no second forward through the data-parallel wrapper
+        device = self.accelerator.device
+        dropout = 1 + 2 * (part + self.recipe.micro_batches * share)
+        with seeded(self._number(dropout), device):
+            with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                losses = self.recipe.objective(
+                    self.student, images, labels, noise, *levels, target=target, teacher=self.teacher
+                )
+        return losses, levels
+
+    def _draw(self, part: int, share: int, shares: int):
+        """A part of the step's batch from (seed, step, part), and of it one share of so many."""
+        generator = torch.Generator().manual_seed(self._number(2 * part))
+        n = self.recipe.batch // self.recipe.micro_batches
+        index = self.data.choose(n, generator, self.step * self.recipe.batch + part * n, self.seed)
+        images, labels = self.data.batch(index, generator)
+        if not self._conditional:
+            labels = None  # an unconditional network on data that has labels
+        noise = randn(tuple(images.shape), generator)
+        levels = self.recipe.objective.levels(n, self.step, self.recipe.iterations, generator)
+        mine = slice(share * n // shares, (share + 1) * n // shares)
+        levels = [v.float() for v in levels]  # before they move: some devices know no float64
+        move = [None if t is None else t[mine].to(self.accelerator.device) for t in (images, labels, noise, *levels)]
+        return move[0], move[1], move[2], move[3:]
+
+    def _number(self, stream: int) -> int:
+        return (self.seed * 1_000_003 + self.step) * STREAMS + stream
+
+    def _change_teacher(self) -> None:
+        """Progressive distillation: when the number of steps halves, the averaged student becomes the teacher.
+
+        The student starts the next stage as its copy, with a fresh optimizer and average.
+        """
+        if not isinstance(self.recipe.objective, ProgressiveDistillation) or self.step == 0:
+            return
+        before, now = (self.recipe.objective.scales(k, self.recipe.iterations) for k in (self.step - 1, self.step))
+        if before != now:
+            self._take_over(self.ema.module.state_dict())
+            self.accelerator.unwrap_model(self.student).load_state_dict(self.teacher.state_dict())
+            self.optimizer.state.clear()
+            for average in self.emas:
+                average.n_averaged.zero_()
+
+    def _take_over(self, weights: dict[str, Tensor]) -> None:
+        self.teacher, self.teacher_is_own = copy.deepcopy(self.ema.module).eval().requires_grad_(False), True
+        self.teacher.load_state_dict(weights)
+
+    def _stop(self, what: str, where: str, folder: str | Path | None) -> None:
+        """Raises TrainingDiverged: the weights are still those before this step."""
+        state = None if folder is None else Path(folder) / "state.pt"
+        last = (
+            f"the last good checkpoint is {state}" if state and state.exists() else "no checkpoint was kept (no folder)"
+        )
+        raise TrainingDiverged(f"{what} is not finite at step {self.step + 1}{where}; {last}")
+
+    def save(self, folder: str | Path) -> None:
+        """Writes <folder>/state.pt: all that the next step depends on. Atomic: a cut leaves the previous state."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = dict(
+            recipe=self.recipe.describe(), seed=self.seed, step=self.step,
+            student=self.accelerator.unwrap_model(self.student).state_dict(), emas=[e.state_dict() for e in self.emas],
+            target=None if self.target is None else self.target.state_dict(),
+            teacher=self.teacher.state_dict() if self.teacher_is_own else None,
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), overflows=self.overflows,
+        )  # fmt: skip
+        partial = folder / "state.pt.partial"
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the previous one's place
+        os.replace(partial, folder / "state.pt")
+
+    def restore(self, folder: str | Path | None) -> None:
+        """Reads <folder>/state.pt back, after checking that it belongs to this recipe and seed."""
+        path = Path(folder or "") / "state.pt"
+        if folder is None or not path.exists():
+            raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without resume")
+        try:
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read as a training state ({type(error).__name__}); is it cut off?"
+            ) from error
+        mine = json.loads(json.dumps(self.recipe.describe()))
+        told = ("cost", "expected", "checkpointing")  # prose, and what changes no number
+        differs = [k for k, v in state["recipe"].items() if k not in told and mine.get(k) != json.loads(json.dumps(v))]
+        if differs or state["seed"] != self.seed:
+            raise ValueError(f"{path} belongs to another run: {', '.join(differs) or 'seed'} differ")
+        self.step = state["step"]
+        self.accelerator.unwrap_model(self.student).load_state_dict(state["student"])
+        for average, saved in zip(self.emas, state["emas"], strict=True):
+            average.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.overflows = state["overflows"]
+        if self.target is not None:
+            self.target.load_state_dict(state["target"])
+        if state["teacher"] is not None:
+            self._take_over(state["teacher"])
+
+    def finish(self, folder: str | Path | None, seconds: float) -> Denoiser:
+        """The averaged model, ready to use. With a folder it is saved as <folder>/model, those of other rates as model-ema-<rate>."""
+        models = [copy.deepcopy(average.module).eval().requires_grad_(False) for average in self.emas]
+        if folder is not None and self.accelerator.is_main_process:
+            facts = dict(recipe=self.recipe.name, seed=self.seed, seconds=round(seconds, 1))
+            names = [*(f"model-ema-{rate:g}" for rate in self.recipe.emas[:-1]), "model"]
+            for name, model in zip(names, models, strict=True):
+                checkpoints.save(model, Path(folder) / name, data=self.data.name, **facts)
+        return models[-1]
+
+
+def parts_of(recipe: Recipe, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+    """(micro-batch, share, shares) for all that a process of so many computes of a batch.
+
+    Raises ValueError where the micro-batches cannot be shared out evenly.
+    """
+    parts, size = recipe.micro_batches, recipe.batch // recipe.micro_batches
+    if parts % ranks == 0:
+        return [(k, 0, 1) for k in range(rank * parts // ranks, (rank + 1) * parts // ranks)]
+    shares = ranks // parts
+    if ranks % parts or size % shares or 2 * ranks >= STREAMS:
+        raise ValueError(f"batch {recipe.batch} in {parts} micro-batches cannot be shared out over {ranks} processes")
+    return [(rank // shares, rank % shares, shares)]
+
+
+def accelerator_on(device: str | None) -> Accelerator:
+    """accelerate's side of a run. The first one in a process decides on the device: raises ValueError for another."""
+    try:
+        accelerator = Accelerator(cpu=device == "cpu")
+        own, asked = accelerator.device, torch.device(device or accelerator.device)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be had: {error}") from error
+    if asked.type != own.type or asked.index not in (None, own.index):
+        raise ValueError(f"device {device!r} was asked for, this process runs on {own}")
+    return accelerator
+
+
+def precision_on(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a recipe's precision on a device: bfloat16 only where the device multiplies it, else float32."""
+    return torch.float32 if name == "bf16" and not multiplies_bf16(device) else PRECISIONS[name]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products.
+
+    A CPU without them (most laptops) emulates bfloat16 tens of times slower than it computes in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
+        has = torch.cpu.get_capabilities()
+        return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    return False
