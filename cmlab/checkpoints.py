@@ -52,7 +52,7 @@ def save(
     Raises OSError if the folder cannot be written or holds anything but a saved model (it stays as it is), ValueError
     for a weight that is not finite in the dtype, TypeError for a model or a fact that cannot be saved.
     """
-    config = _describe(model) | {"data": data, "facts": facts}
+    config = describe(model) | {"data": data, "facts": facts}
     return _write(Path(folder).absolute(), {CONFIG: config, WEIGHTS: _weights_of(model, dtype)})
 
 
@@ -108,7 +108,7 @@ def _network(model: Denoiser | DigitsClassifier) -> nn.Module:
     return model if isinstance(model, DigitsClassifier) else model.net
 
 
-def _describe(model: Denoiser | DigitsClassifier) -> dict[str, Any]:
+def describe(model: Denoiser | DigitsClassifier) -> dict[str, Any]:
     """The config that rebuilds the model."""
     if type(model) not in KINDS.values():
         raise TypeError(f"model must be one of {[k.__name__ for k in KINDS.values()]}, got {type(model).__name__}")

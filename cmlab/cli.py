@@ -97,57 +97,108 @@ def train(
     recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE")],
     /,
     iterations: int | None = None,
+    micro_batches: int | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    checkpointing: bool = False,
     seed: int | None = None,
     output: Path | None = None,
-    resume: Path | None = None,
+    resume: str | None = None,
     device: str | None = None,
     save_every: int = 100,
+    look_every: int | None = None,
+    metrics: int = 0,
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard",
+    dry_run: bool = False,
+    smoke: bool = False,
 ) -> int:
     """Train a model by a recipe. Example: cmlab train digits-edm --output runs/my-edm
 
-    Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C keeps the last saved state.
+    Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C keeps the last saved state. On several GPUs:
+    torchrun --nproc_per_node 8 -m cmlab.cli train cd-imagenet64-l2 --output runs/cd --resume auto
 
     Args:
         recipe: The name of a recipe (cmlab recipes lists them), or digits-classifier, tinted-digits-classifier.
         iterations: Training steps, instead of the recipe's.
+        micro_batches: In how many parts a batch is computed: more need less memory.
+        precision: Of the networks' arithmetic, instead of the recipe's.
+        checkpointing: Compute activations twice to keep fewer in memory.
         seed: Of the initial weights and every draw, instead of the recipe's.
         output: The folder to write to, instead of runs/train-<recipe>-<time>.
-        resume: The folder of a stopped run: go on where it stopped. Give the same --iterations and --seed.
+        resume: The folder of a stopped run, to go on where it stopped; or auto: go on in --output if something is there, else begin.
+            Give the same options.
         device: cpu or cuda; the best there is without it.
         save_every: Steps between two saved states.
+        look_every: Steps between two sheets of samples, in <output>/samples.
+        metrics: Measure so many samples at every look.
+        tracker: Where losses go.
+        dry_run: Only tell what it would be: config, parameters, memory on each device, cost.
+        smoke: Train 3 steps of a shrunken copy on synthetic pictures, by the same path.
     """
-    from tqdm.auto import tqdm
-
-    from cmlab import training
-    from cmlab.batch import Interrupted, free_name, usable_folder
     from cmlab.checks import alone
     from cmlab.recipes import get_recipe
 
     if recipe in ("digits-classifier", "tinted-digits-classifier"):
         alone(recipe, iterations=iterations, seed=seed, resume=resume, device=device)
         return _train_classifier(recipe, output)
-    if resume is not None:
-        alone("--resume", output=output)
-    plan = get_recipe(recipe)
-    if iterations is not None:
-        plan = plan.replace(iterations=iterations)
-    folder = resume or usable_folder(output or free_name(Path("runs"), f"train-{recipe}"))
-    records = training.train(
-        plan, device=device, folder=folder, resume=resume is not None, save_every=save_every, seed=seed
+    given = dict(
+        iterations=iterations, micro_batches=micro_batches, precision=precision, checkpointing=checkpointing or None
     )
-    try:
-        with tqdm(total=plan.iterations, unit="step") as bar:
-            for record in records:
-                bar.update(record.step - bar.n)
-                bar.set_postfix_str(f"loss {record.loss:.4f}", refresh=False)
-    except KeyboardInterrupt:
-        given = {"--iterations": iterations, "--seed": seed, "--device": device}
-        options = "".join(f" {name} {value}" for name, value in given.items() if value is not None)
-        raise Interrupted(
-            f"stopped: the last saved state is in {folder}\ngo on with: cmlab train {recipe}{options} --resume {folder}"
-        ) from None
-    print(f"model: {(folder / 'model').resolve()}\nsample from it with: cmlab sample {folder / 'model'}")
+    plan = get_recipe(recipe).replace(**{name: value for name, value in given.items() if value is not None})
+    if dry_run:
+        return _print_plan(plan)
+    options = dict(
+        seed=seed, device=device, save_every=save_every, look_every=look_every, tracker=tracker, metrics_samples=metrics
+    )
+    if smoke:
+        return _smoke(plan, options)
+    return _train(recipe, plan, output, resume, options)
+
+
+def _print_plan(plan) -> int:
+    from cmlab.jobs import ranks
+    from cmlab.planning import report
+
+    for line in report(plan, ranks()):
+        print(line)
     return 0
+
+
+def _smoke(plan, options: dict) -> int:
+    import tempfile
+
+    from cmlab import jobs, planning
+
+    with tempfile.TemporaryDirectory(prefix="cmlab-smoke-") as folder:
+        jobs.run(
+            planning.smoke(plan, Path(folder)), Path(folder) / "run", False, **options | {"look_every": 3, "sheet": 2}
+        )
+    if jobs.is_main():
+        print(f"{plan.name}: 3 steps of a shrunken copy ran")
+    return 0
+
+
+def _train(recipe: str, plan, output: Path | None, resume: str | None, options: dict) -> int:
+    from cmlab import jobs
+    from cmlab.batch import Interrupted
+
+    folder = jobs.folder_of(recipe, output, resume)
+    try:
+        model = jobs.run(plan, folder, "auto" if resume == "auto" else resume is not None, **options)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}\ngo on with: cmlab {' '.join(_resumed(sys.argv[1:], folder))}") from None
+    if jobs.is_main():
+        print(f"model: {model.resolve()}\nsample from it with: cmlab sample {model}")
+    return 0
+
+
+def _resumed(arguments: list[str], folder: Path) -> list[str]:
+    """The command line that goes on in a folder: the given one, with --resume in the place of where it wrote."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--output", "--resume"):
+            kept.append(argument)
+        skip = argument in ("--output", "--resume")
+    return [*kept, "--resume", str(folder)]
 
 
 def _train_classifier(name: str, output: Path | None) -> int:

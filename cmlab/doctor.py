@@ -81,9 +81,9 @@ def _packages() -> Iterator[Finding]:
 
 
 def _bf16(torch) -> Finding:
-    from cmlab.run import multiplies_bf16
+    from cmlab.run import multiplies
 
-    fast = multiplies_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    fast = multiplies("bf16", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Finding("ok", "bfloat16", "used in training" if fast else "emulated here: training computes in float32")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 
 from cmlab.checks import known, positive, whole, within
-from cmlab.distances import PseudoHuber
+from cmlab.distances import LPIPS, PseudoHuber, l2
 from cmlab.noise import LogNormal
 from cmlab.objectives import (
     EDM,
@@ -19,6 +20,7 @@ from cmlab.objectives import (
     Objective,
     ProgressiveDistillation,
 )
+from cmlab.released import IMAGENET64, LSUN256, RELEASED
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Recipe:
 
     The learning rate warms up over warmup steps, stays, and falls to zero over the last decay share of the run. ema is the
     decay of the averaged weights that are kept, or several, of which the last is the model; clip the largest gradient norm
-    (math.inf: none). precision is "fp32", "bf16" (where the device multiplies it, else float32) or "fp16" (with loss scaling).
+    (math.inf: none). precision is "fp32", "bf16" or "fp16" (with loss scaling); on a device that does not multiply it, float32.
     micro_batches is in how many parts a batch is computed, one after the other or on as many devices: each has random numbers
     of its own. checkpointing computes activations twice to keep fewer (U-Net only). teacher and init_from name saved models;
     teacher="exact" is the closed-form denoiser of the training data. Raises ValueError or TypeError for a bad value.
@@ -54,6 +56,7 @@ class Recipe:
     init_from: str | None = None
     cost: str = ""  # measured on 2 CPU cores with bfloat16 instructions
     expected: str = ""
+    note: str = ""  # where paper and released code differ
 
     def __post_init__(self):
         whole("iterations", self.iterations)
@@ -183,6 +186,52 @@ _ALL = [
         cost="15 s", expected="two moons without a teacher",
     ),
 ]  # fmt: skip
+_PUBLISHED_EMA = (0.999, 0.9999, 0.9999432189950708)
+_LSUN_EMA = (0.9999, 0.99994, 0.9999432189950708)  # of CD and CT
+_PUBLISHED = dict(warmup=0, decay=0.0, betas=(0.9, 0.999), optimizer="radam", clip=math.inf, precision="fp16")
+_COST = "64 A100 GPUs in the paper; cmlab train … --dry-run estimates yours"
+
+
+def _published(data: str) -> list[Recipe]:
+    """The four trainings of one data set, by the released commands (scripts/launch.sh of consistency_models at e32b69e)."""
+    small, teacher = data == "imagenet64", f"edm_{data}"
+    network = dict(name="unet", **(IMAGENET64 if small else LSUN256))
+    shared = dict(data=data, network=network, **_PUBLISHED)
+    batch, ema = (2048, _PUBLISHED_EMA) if small else (256, _LSUN_EMA)
+    parts = dict(batch=batch, micro_batches=batch // (32 if small else 4), ema=ema)
+    batches = "" if small else "batch 2048 in the paper, 256 in the commands. "
+    distilled = dict(
+        teacher=teacher, init_from=teacher, iterations=600_000, lr=8e-6 if small else 1e-5, **parts, **shared
+    )
+    fid = {name: RELEASED[f"{name}_{data}{end}"].fid for name, end in (("edm", ""), ("cd", "_lpips"), ("ct", ""))}
+    edm_batch = 4096 if small else 256
+    return [
+        Recipe(
+            f"edm-{data}", objective=EDM(), iterations=600_000, batch=edm_batch, micro_batches=edm_batch // (32 if small else 4), lr=1e-4,
+            ema=_PUBLISHED_EMA, **shared | {"network": network | {"dropout": 0.1}},
+            cost=_COST, expected=f"published FID {fid['edm'][79]} in 79 network calls",
+            note="The command names no last step; 600,000 is what distillation gets.",
+        ),
+        Recipe(
+            f"cd-{data}-l2", objective=ConsistencyDistillation(num_scales=40, mu_0=0.95, distance=l2), **distilled,
+            cost=_COST, expected="no FID was published for this distance",
+            note=f"{batches}The released create_model_and_diffusion drops loss_norm and always trains with LPIPS; here L2 is L2.",
+        ),
+        Recipe(
+            f"cd-{data}-lpips", objective=ConsistencyDistillation(num_scales=40, mu_0=0.95, distance=LPIPS()), **distilled,
+            cost=_COST, expected=f"published FID {fid['cd'][1]} in one call, {fid['cd'][2]} in two",
+            note=f"{batches}LPIPS is the authors' network (max pooling); the released code uses piq's with average pooling.",
+        ),
+        Recipe(
+            f"ct-{data}", objective=ConsistencyTraining(start=2, end=200 if small else 150, mu_0=0.95, distance=LPIPS()),
+            init_from=teacher, iterations=800_000 if small else 1_000_000, lr=1e-4 if small else 5e-5, **parts, **shared,
+            cost=_COST, expected=f"published FID {fid['ct'][1]} in one call, {fid['ct'][2]} in two",
+            note=f"{batches}Learning rate {'8e-6' if small else '1e-5'} in the paper, this one in the commands. It starts from EDM.",
+        ),
+    ]  # fmt: skip
+
+
+_ALL += [recipe for data in ("imagenet64", "bedroom256", "cat256") for recipe in _published(data)]
 RECIPES = {recipe.name: recipe for recipe in _ALL}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -114,6 +115,10 @@ class Run:
 
     def _target_average(self, averages, parameters, count) -> None:
         get_ema_multi_avg_fn(self.recipe.objective.mu(self.step, self.recipe.iterations))(averages, parameters, count)
+
+    def agreed(self, value):
+        """The main process's value, on all processes."""
+        return broadcast_object_list([value])[0]
 
     def advance(self, folder: str | Path | None) -> tuple[float, float, float]:
         """One step: returns its loss, the gradient's norm before clipping, and the learning rate."""
@@ -244,7 +249,7 @@ class Run:
         if folder is None or not path.exists():
             raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without resume")
         try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(
                 f"{path} cannot be read as a training state ({type(error).__name__}); is it cut off?"
@@ -269,6 +274,8 @@ class Run:
     def finish(self, folder: str | Path | None, seconds: float) -> Denoiser:
         """The averaged model, ready to use. With a folder it is saved as <folder>/model, those of other rates as model-ema-<rate>."""
         models = [copy.deepcopy(average.module).eval().requires_grad_(False) for average in self.emas]
+        for model in models:
+            model.info = checkpoints.describe(model) | {"data": self.data.name, "facts": {}}
         if folder is not None and self.accelerator.is_main_process:
             facts = dict(recipe=self.recipe.name, seed=self.seed, seconds=round(seconds, 1))
             names = [*(f"model-ema-{rate:g}" for rate in self.recipe.emas[:-1]), "model"]
@@ -303,19 +310,22 @@ def accelerator_on(device: str | None) -> Accelerator:
     return accelerator
 
 
+NATIVE = {"bf16": ("amx_bf16", "avx512_bf16"), "fp16": ("amx_fp16", "avx512_fp16")}  # a CPU's instructions
+
+
 def precision_on(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a recipe's precision on a device: bfloat16 only where the device multiplies it, else float32."""
-    return torch.float32 if name == "bf16" and not multiplies_bf16(device) else PRECISIONS[name]
+    """The dtype of a recipe's precision on a device: a half precision only where the device multiplies it, else float32."""
+    return PRECISIONS[name] if name == "fp32" or multiplies(name, device) else torch.float32
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products.
+def multiplies(precision: str, device: torch.device) -> bool:
+    """Whether the device has instructions for products in "bf16" or "fp16".
 
-    A CPU without them (most laptops) emulates bfloat16 tens of times slower than it computes in float32.
+    A CPU without them (most laptops) emulates them tens of times slower than it computes in float32.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
         has = torch.cpu.get_capabilities()
-        return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+        return any(has.get(instruction) for instruction in NATIVE[precision])
     return False

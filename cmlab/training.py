@@ -52,12 +52,12 @@ def train(
     in holds a run or if a teacher is missing, TrainingDiverged when the loss or its gradient is not finite.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    if resume == "auto":
-        resume = folder is not None and (Path(folder) / "state.pt").exists()
-    if folder is not None and not resume:
+    whole("save_every", save_every)
+    if folder is not None and resume is False:
         untaken(Path(folder), "state.pt")
     run = Run(recipe, data or load_data(recipe.data), teacher, device, recipe.seed if seed is None else seed)
-    whole("save_every", save_every)
+    if resume == "auto":
+        resume = run.agreed(folder is not None and (Path(folder) / "state.pt").exists())
     if resume:
         run.restore(folder)
         if run.step >= recipe.iterations:

@@ -2,3 +2,13 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cmlab="$root/.venv/bin/cmlab"
 [ -x "$cmlab" ] || cmlab="$(command -v cmlab)" || { echo "cmlab is not installed: bash $root/installations.sh" >&2; exit 1; }
+
+# launch RECIPE [option …]: cmlab train, in as many processes as PROCESSES says; it goes on by itself after a stop.
+launch() {
+    local recipe="$1"; shift
+    local python="${cmlab%/*}/python"
+    [ -x "$python" ] || python="$(command -v python3)"
+    "$python" -m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no \
+        --num_processes "${PROCESSES:-1}" ${LAUNCH:-} \
+        -m cmlab.cli train "$recipe" --output "${OUTPUT:-$root/runs/$recipe}" --resume auto "$@"
+}

@@ -271,7 +271,7 @@ def test_ctrl_c_in_train_keeps_the_last_state_and_says_how_to_go_on(here):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "go on with: cmlab train moons-edm --iterations 100000 --device cpu --resume run" in errors
+    assert "go on with: cmlab train moons-edm --iterations 100000 --device cpu --save-every 2 --resume run" in errors
     saved = torch.load(state, weights_only=True)["step"]
     plan = get_recipe("moons-edm").replace(iterations=100000)
     assert next(train(plan, device="cpu", folder=here / "run", resume=True)).step == saved + 1

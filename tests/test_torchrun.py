@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_training import OBJECTIVES, SMALL, losses
 
+from cmlab import checkpoints
 from cmlab.data import load_data
 from cmlab.run import Run, TrainingDiverged
 
@@ -71,6 +75,43 @@ def test_micro_batches_have_the_same_dropout_on_any_number_of_ranks(ranks):
 
 def test_a_gradient_that_is_not_finite_stops_every_rank(ranks):
     assert all(rank["broken"].startswith("gradient is not finite at step 1; no checkpoint") for rank in ranks)
+
+
+def start(folder):
+    """Trains a small recipe in two processes, by the command line."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cmlab.cli"]
+    train = ["train", "moons-edm", "--iterations", "300", "--device", "cpu", "--save-every", "20", "--tracker", "none"]
+    command = [*torchrun, *train, "--output", str(folder), "--resume", "auto"]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def children(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def test_when_one_rank_is_killed_the_job_says_how_to_go_on_and_does(tmp_path):
+    job = start(tmp_path / "killed")
+    while job.poll() is None and saved_step(tmp_path / "killed") < 40:
+        time.sleep(0.05)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    _, errors = job.communicate()
+    assert job.returncode != 0 and "another process of this training has ended" in errors
+    assert "start all of them again with --resume auto" in errors
+    reached = saved_step(tmp_path / "killed")
+    assert 40 <= reached < 300
+    for folder in ("killed", "whole"):
+        job = start(tmp_path / folder)
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors[-2000:]
+    one, two = (checkpoints.load(tmp_path / folder / "model").net for folder in ("killed", "whole"))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def saved_step(folder):
+    """The step of the last saved state; -1: none."""
+    path = folder / "state.pt"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else -1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from cmlab.exact import DatasetDenoiser
 from cmlab.noise import LogNormal
 from cmlab.objectives import EDM, ConsistencyDistillation, ConsistencyTraining, ProgressiveDistillation
 from cmlab.recipes import RECIPES, Recipe, get_recipe
-from cmlab.run import Run, TrainingDiverged, multiplies_bf16, parts_of
+from cmlab.run import Run, TrainingDiverged, multiplies, parts_of
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.training import train
 
@@ -117,7 +117,13 @@ def test_every_rate_of_averaging_is_kept_and_the_last_is_the_model(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(slow.parameters(), newest.parameters(), strict=True))
 
 
-def test_float16_gradients_that_overflow_are_reported_and_left_out():
+@pytest.fixture
+def emulated(monkeypatch):
+    """Half precision also where the processor emulates it."""
+    monkeypatch.setattr("cmlab.run.multiplies", lambda precision, device: True)
+
+
+def test_float16_gradients_that_overflow_are_reported_and_left_out(emulated):
     run = Run(SMALL.replace(precision="fp16"), load_data("digits"), None, "cpu", 0)
     before = [p.detach().clone() for p in run.student.parameters()]
     next(run.student.parameters()).register_hook(lambda gradient: gradient * (math.inf if run.step == 0 else 1))
@@ -131,7 +137,7 @@ def test_float16_gradients_that_overflow_are_reported_and_left_out():
     )
 
 
-def test_float16_training_learns_as_float32_does():
+def test_float16_training_learns_as_float32_does(emulated):
     wide = SMALL.replace(iterations=40, network=dict(NET, width=64, dropout=0.0))
     full, half = losses(wide), losses(wide.replace(precision="fp16"))
     assert half != full and sum(half[-10:]) == pytest.approx(sum(full[-10:]), rel=0.02)
@@ -345,7 +351,7 @@ def test_recipes_are_named_described_and_checked():
 )
 def test_bfloat16_is_left_alone_on_a_cpu_that_would_emulate_it(monkeypatch, has, used):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
-    assert multiplies_bf16(torch.device("cpu")) == used
+    assert multiplies("bf16", torch.device("cpu")) == used
     with mock.patch("torch.autocast", wraps=torch.autocast) as autocast:
         next(train(SMALL.replace(precision="bf16")))
     assert {call.kwargs["enabled"] for call in autocast.call_args_list} == {used}

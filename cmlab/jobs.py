@@ -1,0 +1,141 @@
+"""What `cmlab train` does around the loop: where it writes, what it logs and looks at, and how it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from cmlab import metrics, pictures, training
+from cmlab.batch import Interrupted, free_name, usable_folder
+from cmlab.checks import alone, known
+from cmlab.data import Data
+from cmlab.recipes import Recipe
+from cmlab.training import Record
+
+TRACKERS = ["tensorboard", "wandb", "none"]
+EXTRACTORS = {"digits": "digits-classifier", "tinted-digits": "tinted-digits-classifier"}
+LOG_EVERY = 10  # steps
+
+
+def ranks() -> int:
+    """How many processes torchrun or accelerate launch has started for this job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def folder_of(recipe: str, output: Path | None, resume: str | None) -> Path:
+    """The folder of a training. Raises ValueError where the options do not say which."""
+    if resume not in (None, "auto"):
+        alone("--resume", output=output)
+        return Path(resume)
+    if output is None and (resume == "auto" or ranks() > 1):
+        raise ValueError("give --output: with --resume auto, or in several processes, the folder must have a name")
+    return usable_folder(output or free_name(Path("runs"), f"train-{recipe}"))
+
+
+def run(
+    plan: Recipe,
+    folder: Path,
+    resume: bool | str,
+    tracker: str = "tensorboard",
+    look_every: int | None = None,
+    metrics_samples: int = 0,
+    sheet: int = 64,
+    **options,
+) -> Path:
+    """Trains a recipe into a folder, with a progress bar, and returns the path of its model.
+
+    Losses go to the tracker; every look_every steps a sheet of so many samples goes to <folder>/samples and, with metrics_samples > 0, that
+    many are measured against as many training images. Raises Interrupted on Ctrl-C, and what training.train raises.
+    """
+    watch = Watch(folder, known("tracker", tracker, TRACKERS), metrics_samples, sheet)
+    records = training.train(plan, folder=folder, resume=resume, look_every=look_every, **options)
+    try:
+        with tqdm(total=plan.iterations, unit="step", disable=not is_main()) as bar:
+            for record in records:
+                bar.update(record.step - bar.n)
+                bar.set_postfix_str(f"loss {record.loss:.4f}", refresh=False)
+                watch.see(record)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped: the last saved state is in {folder}") from None
+    except RuntimeError as error:
+        if ranks() > 1 and any(word in str(error) for word in ("onnection", "Socket", "gloo", "NCCL")):
+            raise RuntimeError(
+                f"another process of this training has ended ({str(error).splitlines()[0]}); the last saved state is in {folder}: "
+                "start all of them again with --resume auto"
+            ) from error
+        raise
+    finally:
+        watch.close()
+    return folder / "model"
+
+
+class Watch:
+    """Sees every record of a training, on the main process only."""
+
+    def __init__(self, folder: Path, tracker: str, metrics_samples: int, sheet: int):
+        self.folder, self.tracker, self.metrics_samples, self.sheet = folder, tracker, metrics_samples, sheet
+        self.trackers: list | None = None
+
+    def see(self, record: Record) -> None:
+        """Logs the step, and looks at the model if the record brings one."""
+        if not is_main():
+            return
+        if record.step % LOG_EVERY == 0 or record.model is not None:
+            values = {"loss": record.loss, "lr": record.lr, "gradient norm": record.grad_norm, "mu": record.mu}
+            values |= {"overflows": record.overflows} | ({} if record.scales is None else {"scales": record.scales})
+            self._log(values, record.step)
+        if record.model is not None and len(record.model.info["shape"]) == 3:
+            self._look(record)
+
+    def _look(self, record: Record) -> None:
+        images, _ = pictures.draw(record.model, self.sheet)
+        pictures.save_sheet(self.folder / "samples" / f"step-{record.step:08d}.png", images.clamp(-1, 1), columns=8)
+        if self.metrics_samples:
+            self._log(measure(record.model, self.metrics_samples), record.step)
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        if self.trackers is None:  # not before the first record: accelerate's first state decides on the device
+            self.trackers = list(_trackers(self.folder, self.tracker))
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        for tracker in self.trackers or ():
+            tracker.finish()
+
+
+def _trackers(folder: Path, name: str) -> Iterable:
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    if name == "none":
+        return
+    tracker = WandBTracker("cmlab") if name == "wandb" else TensorBoardTracker("tensorboard", logging_dir=folder)
+    if hasattr(tracker, "start"):  # accelerate 1.7 and newer
+        tracker.start()
+    yield tracker
+
+
+def measure(model, samples: int) -> dict[str, float]:
+    """FD and the other metrics of so many samples against the first so many training images of the model's data set."""
+    import torch
+
+    from cmlab.data import load_data
+
+    data = load_data(model.info["data"])
+    index = torch.arange(min(samples, data.count))
+    real = data.images[index] if isinstance(data, Data) else data.batch(index, torch.Generator().manual_seed(0))[0]
+    images, labels = pictures.draw(model, samples)
+    extractor = EXTRACTORS.get(data.name, "inception")
+    device = str(next(model.parameters()).device)
+    return metrics.evaluate(
+        images.split(500), real.split(500), extractor, None if extractor == "inception" else labels, device=device
+    )

@@ -1,0 +1,198 @@
+"""Before a long training starts: what it will be (parameters, memory, cost), and whether it runs at all on a shrunken copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmlab import checkpoints
+from cmlab.distances import LPIPS
+from cmlab.models import build
+from cmlab.objectives import EDM, ConsistencyDistillation, ProgressiveDistillation
+from cmlab.prepare import prepare
+from cmlab.recipes import PRECISIONS, Recipe
+from cmlab.released import RELEASED
+from cmlab.scaling import Denoiser
+from cmlab.streams import seeded
+
+GPU_TFLOPS = 100.0  # what a good training keeps of an A100's 312 in half precision: about a third
+
+
+def forward_flops(network: dict) -> float:
+    """Floating-point operations of one network call on one image, a multiplication with its addition counting two."""
+    with torch.device("meta"):
+        net, arguments = build(network), _image(network, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(*arguments)
+    return float(counter.get_total_flops())
+
+
+def _image(network: dict, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """n images, noise levels and labels that a network takes, in the current device."""
+    shape = network.get("shape") or [network["in_channels"], network["image_size"], network["image_size"]]
+    labels = None if network.get("num_classes") is None else torch.zeros(n, dtype=torch.long)
+    return torch.zeros(n, *shape), torch.zeros(n), labels
+
+
+def network_calls(recipe: Recipe) -> float:
+    """Forward passes' worth of work for one training image: a backward pass is two, checkpointing one more."""
+    objective, own = recipe.objective, 3.0 + recipe.checkpointing
+    if isinstance(objective, EDM):
+        return own
+    if isinstance(objective, ProgressiveDistillation):
+        return own + 2
+    if isinstance(objective, ConsistencyDistillation):
+        return own + 1 + objective.substeps * (1 if objective.solver == "euler" else 2)
+    return own + 1
+
+
+def activation_bytes(recipe: Recipe) -> float:
+    """What autograd keeps of one image's forward pass, by running it on the meta device."""
+    kept: dict[int, Tensor] = {}
+    with torch.device("meta"):
+        net, arguments = build(recipe.network).to(PRECISIONS[recipe.precision]), _image(recipe.network, 1)
+        net.checkpointing = recipe.checkpointing
+
+        def keep(tensor: Tensor) -> Tensor:
+            root = tensor if tensor._base is None else tensor._base  # of views, what they look at
+            if not isinstance(root, nn.Parameter):
+                kept[id(root)] = root  # holding it keeps its id its own
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net.train()(*arguments)
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in kept.values()))
+
+
+def memory_bytes(recipe: Recipe, ranks: int) -> dict[str, float]:
+    """An estimate of what one of so many devices holds, by what it is for."""
+    with torch.device("meta"):
+        weights = 4.0 * sum(p.numel() for p in build(recipe.network).parameters())
+    has_target = recipe.objective.mu(recipe.iterations, recipe.iterations) > 0
+    copies = 1 + len(recipe.emas) + has_target + (recipe.teacher not in (None, "exact"))
+    at_once = recipe.batch / max(recipe.micro_batches, ranks)
+    return {
+        "weights of student, averages, target, teacher": copies * weights,
+        "gradients and optimizer": 3 * weights,
+        f"activations of {at_once:g} images": at_once * activation_bytes(recipe),
+    }
+
+
+def matmul_flops(seconds: float = 0.5) -> float:
+    """Floating-point operations a second of a large float32 matrix product on this machine's CPU, measured now."""
+    a, done, begun = torch.ones(1024, 1024), 0, time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        a @ a
+        done += 1
+    return done * 2 * 1024**3 / (time.perf_counter() - begun)
+
+
+def report(recipe: Recipe, ranks: int = 1) -> Iterator[str]:
+    """The plan of a training over so many processes, line by line: resolved config, size, memory, cost."""
+    yield json.dumps(recipe.describe(), indent=1, ensure_ascii=False)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build(recipe.network).parameters())
+    yield f"parameters       {parameters:,}"
+    memory = memory_bytes(recipe, ranks)
+    for what, size in memory.items():
+        yield f"memory           {size / 2**30:8.1f} GB   {what}"
+    devices = f"{ranks} device{'s' * (ranks > 1)}"
+    yield f"memory           {sum(memory.values()) / 2**30:8.1f} GB   on each of {devices}, about; more micro-batches need less"
+    calls, here = network_calls(recipe), matmul_flops()
+    flops = forward_flops(recipe.network) * calls * recipe.batch * recipe.iterations
+    yield f"work             {flops:.3g} operations: {recipe.iterations:,} steps of {recipe.batch:,} images, {calls:g} network calls each"
+    yield f"cost             {_duration(flops / (GPU_TFLOPS * 1e12) / ranks)} on {devices} that sustain {GPU_TFLOPS:g} TFLOP/s"
+    yield f"cost             {_duration(flops / here)} on this CPU, whose matrix products reach {here / 1e9:.0f} GFLOP/s"
+    if recipe.note:
+        yield f"note             {recipe.note}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+# --- a shrunken copy ------------------------------------------------------------------------------------------------
+
+
+def smoke(recipe: Recipe, folder: Path) -> Recipe:
+    """A shrunken copy of a recipe that trains 3 steps in seconds, by the same path, on synthetic pictures prepared in folder.
+
+    The network keeps its levels, its attention and its conditioning, and loses width, depth and pixels; a teacher is one with random
+    weights; LPIPS keeps its resizing and has a small backbone with random weights. Embedded data sets stay as they are.
+    """
+    network, changes = _shrunken(recipe.network), {}
+    if recipe.network["name"] == "unet":
+        classes = network["num_classes"] or 1
+        size, colour = network["image_size"], "rgb" if network["in_channels"] == 3 else "grey"
+        changes["data"] = str(
+            prepare(
+                _pictures(folder / "pictures", size, classes),
+                folder / "data",
+                size,
+                colour,
+                True,
+                workers=1,
+                progress=False,
+            )
+        )
+    teacher = network | {"dropout": 0.1} if network["name"] == "unet" else network
+    for role in ("teacher", "init_from"):
+        if getattr(recipe, role) in RELEASED:
+            changes[role] = str(folder / "teacher")
+    if changes.keys() & {"teacher", "init_from"}:
+        with seeded(0):
+            checkpoints.save(Denoiser(build(teacher)), folder / "teacher")
+    objective = recipe.objective
+    if isinstance(getattr(objective, "distance", None), LPIPS):
+        objective = dataclasses.replace(objective, distance=LPIPS("squeeze", metric=_random_lpips()))
+    parts = min(recipe.micro_batches, 2)
+    return recipe.replace(
+        network=network, objective=objective, iterations=3, batch=2 * parts, micro_batches=parts, **changes
+    )
+
+
+def _shrunken(network: dict) -> dict:
+    if network["name"] != "unet":
+        return network | {"width": 32, "depth": 1}
+    width, size = 32, 8 * 2 ** (len(network["channel_mult"]) - 1)
+    smaller = dict(image_size=min(size, network["image_size"], 32), model_channels=width, num_res_blocks=1)
+    if network.get("num_head_channels"):
+        smaller["num_head_channels"] = width
+    return network | smaller | {"num_classes": network.get("num_classes") and min(network["num_classes"], 4)}
+
+
+def _pictures(folder: Path, size: int, classes: int) -> Path:
+    """Writes a few pictures of soft spots, some of each class, once; returns their folder."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for k in range(8):
+        path = folder / f"class-{k % classes}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((size + 5, size + 3), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def _random_lpips() -> nn.Module:
+    import lpips
+
+    with seeded(0):
+        network = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval().requires_grad_(False)
+
+    class Flat(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return network(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1), normalize=True).flatten()
+
+    return Flat()

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Trains the EDM teacher on LSUN Cat 256x256. All options of cmlab train may follow: --dry-run, --smoke, --micro-batches N …
+# PROCESSES=8 starts one process a GPU; LAUNCH holds further options of accelerate launch (machines, addresses).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../find_cmlab.sh"
+launch edm-cat256 "$@"

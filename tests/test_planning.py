@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import torch
+
+from cmlab import planning
+from cmlab.cli import main
+from cmlab.models import build
+from cmlab.recipes import RECIPES, get_recipe
+from cmlab.released import IMAGENET64
+
+from test_scripts import PUBLISHED  # isort: skip
+
+MLP = dict(name="mlp", shape=[1, 8, 8], width=32, depth=2, num_classes=10, embedding=16)
+
+
+def test_operations_of_a_network_of_matrices_are_two_a_weight():
+    net = build(MLP)
+    matrices = [p for name, p in net.named_parameters() if p.ndim == 2 and not name.startswith("label")]
+    assert planning.forward_flops(MLP) == 2 * sum(p.numel() for p in matrices)
+
+
+def test_the_imagenet_network_needs_some_two_hundred_gigaflop_an_image():
+    assert 200e9 < planning.forward_flops(dict(name="unet", **IMAGENET64)) < 230e9
+
+
+@pytest.mark.parametrize(
+    ("recipe", "calls"),
+    [
+        ("edm-imagenet64", 3),  # forward, and a backward pass of two
+        ("cd-imagenet64-l2", 3 + 1 + 2),  # target, and two calls of the teacher in a Heun step
+        ("ct-imagenet64", 3 + 1),
+        ("digits-cd", 3 + 1 + 4),  # two substeps
+        ("digits-pd-short", 3 + 2),
+    ],
+)
+def test_network_calls_of_a_training_image(recipe, calls):
+    assert planning.network_calls(get_recipe(recipe)) == calls
+    assert planning.network_calls(get_recipe(recipe).replace(checkpointing=True)) == calls + 1
+
+
+def test_activations_are_those_that_autograd_keeps():
+    """On the CPU, where the tensors are real: the same count by the same hooks, less what is a weight."""
+    recipe = get_recipe("digits-edm").replace(network=MLP, precision="fp32")
+    kept, net = {}, build(MLP)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net.train()(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    real = sum(t.numel() * t.element_size() for t in kept.values())
+    assert planning.activation_bytes(recipe) == pytest.approx(real, rel=0.5)
+
+
+def test_checkpointing_and_micro_batches_save_memory():
+    recipe = get_recipe("cd-imagenet64-l2")
+    assert planning.activation_bytes(recipe.replace(checkpointing=True)) < 0.5 * planning.activation_bytes(recipe)
+    few, many = (sum(planning.memory_bytes(recipe.replace(micro_batches=n), 1).values()) for n in (64, 256))
+    assert many < 0.7 * few
+    assert sum(planning.memory_bytes(recipe, 128).values()) < few, "more devices than parts share one"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_a_plan(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", name, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    config, _, rest = out.partition("\n}\n")
+    assert json.loads(config + "\n}")["name"] == name
+    assert all(word in rest for word in ("parameters ", "memory ", "work ", "cost ")) and not list(tmp_path.iterdir())
+    assert ("note " in rest) == (name in PUBLISHED and bool(get_recipe(name).note))
+
+
+def test_the_published_constants_are_the_commands():
+    cd, ct, edm = (get_recipe(name) for name in ("cd-imagenet64-lpips", "ct-bedroom256", "edm-imagenet64"))
+    assert (cd.batch, cd.lr, cd.iterations, cd.objective.num_scales, cd.objective.mu_0) == (
+        2048,
+        8e-6,
+        600_000,
+        40,
+        0.95,
+    )
+    assert (cd.teacher, cd.optimizer, cd.precision, cd.emas[-1]) == (
+        "edm_imagenet64",
+        "radam",
+        "fp16",
+        0.9999432189950708,
+    )
+    assert (ct.batch, ct.lr, ct.iterations, ct.objective.start, ct.objective.end) == (256, 5e-5, 1_000_000, 2, 150)
+    assert (edm.batch, edm.lr, edm.network["dropout"], edm.objective.weight) == (4096, 1e-4, 0.1, "karras")
+    assert all(get_recipe(name).lr_at(k) == get_recipe(name).lr for name in PUBLISHED for k in (0, 1000)), "constant"

@@ -1,0 +1,55 @@
+"""Every training script runs: three steps of a shrunken copy on synthetic pictures, by the path that the real training takes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmlab.recipes import RECIPES
+
+HOME = Path(__file__).parents[1]
+SCRIPTS = sorted(HOME.glob("scripts/train_*/*.sh"))
+PUBLISHED = [name for name in RECIPES if name.endswith(("64", "256", "-l2", "-lpips"))]
+
+
+def run(script, *options, **variables):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("CMLAB_DATA")}
+    variables = {"PATH": path, "OMP_NUM_THREADS": "1" if "PROCESSES" in variables else "2"} | variables
+    return subprocess.run([script, *options], env=clean | variables, capture_output=True, text=True)
+
+
+def test_every_published_training_has_its_script():
+    named = [re.search(r"^launch (\S+)", script.read_text(), re.M)[1] for script in SCRIPTS]
+    assert len(SCRIPTS) == 12 and sorted(named) == sorted(PUBLISHED)
+    assert all(os.access(script, os.X_OK) for script in SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}-{script.stem}")
+def test_a_script_trains_a_shrunken_copy(script, tmp_path):
+    done = run(script, "--smoke", "--tracker", "none", OUTPUT=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ": 3 steps of a shrunken copy ran" in done.stdout
+
+
+def test_a_script_starts_several_processes(tmp_path):
+    done = run(HOME / "scripts/train_cd/train_imagenet_l2.sh", "--smoke", PROCESSES="2", OUTPUT=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("3 steps of a shrunken copy ran") == 1, "one process speaks for both"
+
+
+def test_without_its_data_a_script_says_how_to_get_it(tmp_path):
+    script = HOME / "scripts/train_edm/train_lsun_bedroom.sh"
+    done = run(script, CMLAB_DATA=str(tmp_path), OUTPUT=str(tmp_path / "out"))
+    assert done.returncode != 0
+    assert (
+        "bedroom256 is not in" in done.stderr and "datasets/lsun_bedroom/fetch_lsun_bedroom.sh fetches" in done.stderr
+    )
+
+
+def test_a_script_plans(tmp_path):
+    done = run(HOME / "scripts/train_ct/train_imagenet.sh", "--dry-run", OUTPUT=str(tmp_path / "out"))
+    assert done.returncode == 0 and "295,899,267" in done.stdout and not (tmp_path / "out").exists()
