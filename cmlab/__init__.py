@@ -5,7 +5,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _ROOMS = [
-    "batch", "checkpoints", "data", "distances", "downloads", "editing", "exact", "extractors", "interop",
+    "batch", "checkpoints", "data", "distances", "downloads", "drawing", "editing", "exact", "extractors", "interop",
     "lessons", "metrics", "models", "noise", "objectives", "ode", "pictures", "plots", "recipes", "released", "run",
     "sampling", "scaling", "streams", "tour", "training", "widgets",
 ]  # fmt: skip

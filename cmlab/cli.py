@@ -114,7 +114,7 @@ def train(
     """Train a model by a recipe. Example: cmlab train digits-edm --output runs/my-edm
 
     Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C keeps the last saved state. On several GPUs:
-    torchrun --nproc_per_node 8 -m cmlab.cli train cd-imagenet64-l2 --output runs/cd --resume auto
+    torchrun --nproc_per_node 8 -m cmlab.cli -- train cd-imagenet64-l2 --output runs/cd --resume auto
 
     Args:
         recipe: The name of a recipe (cmlab recipes lists them), or digits-classifier, tinted-digits-classifier.
@@ -324,11 +324,13 @@ def sample(
     labels: tuple[int, ...] = (),
     output: Path | None = None,
     device: str | None = None,
+    batch: int | None = None,
 ) -> int:
     """Draw pictures from a model. Example: cmlab sample digits-cd --num 50 --steps 2
 
-    Writes an .npz (arr_0: uint8 pixels, N x H x W x C; arr_1: labels) and a .png sheet beside it. A seed gives each
-    picture its own noise: the first ten of 100 are the same as 10.
+    Writes an .npz (arr_0: uint8 pixels, N x H x W x C; arr_1: labels) and a .png sheet beside it. A seed gives each picture its own
+    noise: the first ten of 100 are the same as 10. Stopped, it goes on where it was. On several GPUs, which share the pictures out:
+    torchrun --nproc_per_node 8 -m cmlab.cli -- sample cd_imagenet64_lpips --num 50000 --output runs/samples.npz
 
     Args:
         model: The name of an embedded or released model, or the path of a saved one.
@@ -340,14 +342,22 @@ def sample(
         labels: Classes to draw, in turn; all of them without it.
         output: The .npz to write, instead of runs/samples-<model>.npz.
         device: cpu or cuda; cpu without it.
+        batch: Pictures a network call, instead of what fits into some hundred MB.
     """
-    from cmlab import pictures
+    import torch
 
+    from cmlab import drawing, jobs, pictures
+
+    rank, ranks = int(os.environ.get("RANK", "0")), jobs.ranks()
+    if device == "cuda" and ranks > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     loaded = pictures.load_model(model, device)
     target = pictures.target(output or Path("runs") / f"samples-{Path(model).name}.npz", ".npz")
-    images, classes = pictures.draw(loaded, num, steps, sampler, seed, labels)
-    sheet = pictures.save_samples(target, images, classes)
-    print(f"samples: {target.resolve()}\nsheet:   {sheet.resolve()}")
+    drawing.draw_to(target, drawing.Drawing(loaded, num, steps, sampler, seed, labels, batch), model, rank, ranks)
+    if rank == 0:
+        sheet = target.with_suffix(".png")
+        pictures.save_sheet(sheet, torch.stack(list(drawing.first_of(target, 100))))
+        print(f"samples: {target.resolve()}\nsheet:   {sheet.resolve()}")
     return 0
 
 

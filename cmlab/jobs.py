@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from cmlab import metrics, pictures, training
+from cmlab import drawing, metrics, pictures, training
 from cmlab.batch import Interrupted, free_name, usable_folder
 from cmlab.checks import alone, known
 from cmlab.data import Data
@@ -96,7 +96,7 @@ class Watch:
             self._look(record)
 
     def _look(self, record: Record) -> None:
-        images, _ = pictures.draw(record.model, self.sheet)
+        images, _ = drawing.draw(record.model, self.sheet)
         pictures.save_sheet(self.folder / "samples" / f"step-{record.step:08d}.png", images.clamp(-1, 1), columns=8)
         if self.metrics_samples:
             self._log(measure(record.model, self.metrics_samples), record.step)
@@ -133,7 +133,7 @@ def measure(model, samples: int) -> dict[str, float]:
     data = load_data(model.info["data"])
     index = torch.arange(min(samples, data.count))
     real = data.images[index] if isinstance(data, Data) else data.batch(index, torch.Generator().manual_seed(0))[0]
-    images, labels = pictures.draw(model, samples)
+    images, labels = drawing.draw(model, samples)
     extractor = EXTRACTORS.get(data.name, "inception")
     device = str(next(model.parameters()).device)
     return metrics.evaluate(

@@ -1,38 +1,24 @@
-"""Pictures into files and out of them: what `cmlab sample`, `edit` and `evaluate` do with the rooms."""
+"""Pictures into files and out of them: what `cmlab edit` and `evaluate` do with the rooms."""
 
 from __future__ import annotations
 
-import math
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from cmlab import checkpoints, editing, plots, sampling
+from cmlab import checkpoints, editing, plots
 from cmlab.batch import usable_folder
 from cmlab.checks import known, whole
 from cmlab.data import load_data
+from cmlab.drawing import STRIDE, levels_for, write_file
 from cmlab.noise import karras_sigmas
-from cmlab.released import RELEASED
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.streams import Streams
 
-BATCH, PIXELS = 250, 200_000  # pictures a network call; fewer where they have more numbers than this together
-STRIDE = 1 << 32  # between the seeds of two --seed: no two pictures of any two share their noise
-DIFFUSION = {
-    "heun": sampling.sample_heun,
-    "euler": sampling.sample_euler,
-    "dpm": sampling.sample_dpm,
-    "ancestral": sampling.sample_ancestral,
-}
-CONSISTENCY = ["onestep", "multistep"]
 REGIONS = ["lower", "upper", "left", "right", "center"]
 TASKS = ["inpaint", "colorize", "super-resolve", "denoise", "stroke", "interpolate"]
 
@@ -43,72 +29,6 @@ def load_model(name: str, device: str | None = None) -> Denoiser | ConsistencyMo
     if len(model.info["shape"]) != 3:
         raise ValueError(f"{name} draws points of shape {tuple(model.info['shape'])}, not pictures")
     return model
-
-
-def levels_for(model, steps: int, start: float) -> Tensor:
-    """Noise levels for `steps` calls of a consistency model: start, then geometrically down, stopping short of sigma_min."""
-    return start * (model.sigma_min / start) ** (torch.arange(steps, dtype=torch.float64) / steps)
-
-
-# --- drawing --------------------------------------------------------------------------------------------------------
-
-
-def draw(
-    model, num: int, steps: int | None = None, sampler: str | None = None, seed: int = 0, labels: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor | None]:
-    """num pictures (num, C, H, W) and their labels (num,) or None. A picture depends on seed and number only."""
-    classes = _classes(model, whole("num", num), labels)
-    sampled = _sampler(model, steps, sampler)
-    stream, device = Streams(num, seed, stride=STRIDE), next(model.parameters()).device
-    images, batch = [], max(1, min(BATCH, PIXELS // math.prod(model.info["shape"])))
-    for start in tqdm(range(0, num, batch), unit="batch", disable=None if num > batch else True):
-        stream.set_done_samples(start)
-        some = slice(start, min(start + batch, num))
-        noise = stream.randn(some.stop - start, *model.info["shape"]).to(device)
-        chosen = None if classes is None else classes[some].to(device)
-        images.append(sampled(noise, chosen, stream).cpu())
-    return torch.cat(images), classes
-
-
-def _classes(model, num: int, labels: tuple[int, ...]) -> Tensor | None:
-    """The classes to draw, in turn: those asked for, or all that the model knows."""
-    count = model.info.get("num_classes")
-    if count is None:
-        if labels:
-            raise ValueError("labels were given to a model without classes; leave --labels out")
-        return None
-    chosen = torch.tensor(labels or tuple(range(count)))
-    if not ((chosen >= 0) & (chosen < count)).all():
-        raise ValueError(f"labels must lie in 0 … {count - 1}, got {' '.join(map(str, labels))}")
-    return chosen.repeat(num // len(chosen) + 1)[:num]
-
-
-def _sampler(model, steps: int | None, name: str | None) -> Callable:
-    """(noise, labels, stream) -> images, for what the model is."""
-    consistency = isinstance(model, ConsistencyModel)
-    steps = whole("steps", steps if steps is not None else 1 if consistency else 18)
-    name = name or ("heun" if not consistency else "onestep" if steps == 1 else "multistep")
-    known(f"sampler for a {model.kind} model:", name, CONSISTENCY if consistency else DIFFUSION)
-    if consistency:
-        if name == "onestep" and steps != 1:
-            raise ValueError(f"the onestep sampler makes one step, got steps {steps}; use multistep")
-        sigmas = _published_levels(model, steps) or levels_for(model, steps, model.sigma_max)
-        return lambda noise, labels, stream: sampling.sample_multistep(
-            model, noise, sigmas, labels, generator=stream, clip_denoised=True
-        )
-    sigmas = karras_sigmas(steps, model.sigma_min, model.sigma_max)
-    random = {"ancestral": lambda stream: {"generator": stream}}.get(name, lambda stream: {})
-    return lambda noise, labels, stream: DIFFUSION[name](
-        model, noise, sigmas, labels, clip_denoised=True, **random(stream)
-    )
-
-
-def _published_levels(model, steps: int) -> list[float] | None:
-    """The two levels that were published with a released model, which were searched for; None for anything else."""
-    one = RELEASED.get(model.info["facts"].get("released"))
-    if one is None or one.ts is None or steps != len(one.ts) - 1:
-        return None
-    return karras_sigmas(one.steps, model.sigma_min, model.sigma_max)[list(one.ts[:-1])].tolist()
 
 
 # --- editing --------------------------------------------------------------------------------------------------------
@@ -253,34 +173,12 @@ def target(path: Path, suffix: str) -> Path:
     return path
 
 
-def save_samples(path: Path, images: Tensor, labels: Tensor | None) -> Path:
-    """Writes images as .npz (arr_0 uint8 (N, H, W, C), arr_1 labels) and a sheet of the first 100; returns its path."""
-    pixels = plots.to_pixels(images)
-    arrays = [pixels] if labels is None else [pixels, labels.numpy()]
-    _write(path, lambda file: np.savez_compressed(file, *arrays))
-    sheet = path.with_suffix(".png")
-    save_sheet(sheet, images[:100])
-    return sheet
-
-
 def save_sheet(path: Path, images: Tensor, columns: int = 10) -> None:
     """Writes images (N, C, H, W) in [-1, 1] as one .png, enlarged so that a picture is 64 pixels or more a side."""
     sheet = Image.fromarray(plots.tile(images, columns).squeeze())
     scale = max(1, 64 // images.shape[-1])
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
-    _write(path, lambda file: sheet.save(file, "PNG"))
-
-
-def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file so that a cut leaves the old one. Raises OSError that names the file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    write_file(path, lambda file: sheet.save(file, "PNG"))
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor | None]:

@@ -114,11 +114,13 @@ class Streams:
         self._seed_all()
 
     def _seed_all(self) -> None:
-        if self.individual:
-            first = self.stride * self.seed
-            self.generators = [torch.Generator().manual_seed(first + i) for i in range(self.num_samples)]
-        else:
-            self.generators = [torch.Generator().manual_seed(self.seed)]
+        self._generators: dict[int, torch.Generator] = {}  # made when first drawn from: there may be 50,000
+
+    def _generator(self, sample: int) -> torch.Generator:
+        if sample not in self._generators:
+            seed = self.stride * self.seed + sample if self.individual else self.seed
+            self._generators[sample] = torch.Generator().manual_seed(seed)
+        return self._generators[sample]
 
     def set_done_samples(self, done: int) -> None:
         """The next draws are for samples done, done + 1, …; "determ" starts its one stream again, as the released code does."""
@@ -132,8 +134,8 @@ class Streams:
         if len(rows) and rows[-1] >= self.num_samples:
             raise ValueError(f"samples {rows[0]} … {rows[-1]} asked of streams for num_samples = {self.num_samples}")
         if self.individual:
-            return torch.cat([draw((1, *shape[1:]), self.generators[i]) for i in rows])
-        return draw((self.num_samples, *shape[1:]), self.generators[0])[list(rows)]
+            return torch.cat([draw((1, *shape[1:]), self._generator(i)) for i in rows])
+        return draw((self.num_samples, *shape[1:]), self._generator(0))[list(rows)]
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal draws; the first dimension counts samples."""

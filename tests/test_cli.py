@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmlab import checkpoints, doctor, pictures
+from cmlab import checkpoints, doctor, drawing, pictures
 from cmlab.checkpoints import load
 from cmlab.cli import COMMANDS, main
 from cmlab.data import load_data
@@ -147,15 +147,15 @@ def test_samples_are_pixels_with_labels_and_do_not_depend_on_their_number(here, 
 
 
 def test_pictures_beyond_one_batch_have_noises_of_their_own():
-    images, _ = pictures.draw(load("digits-cd"), pictures.BATCH + 2, labels=(3,))
-    alone, _ = pictures.draw(load("digits-cd"), pictures.BATCH + 1, labels=(3,))
-    assert torch.allclose(images[pictures.BATCH], alone[pictures.BATCH], atol=1e-5)
-    assert not torch.allclose(images[pictures.BATCH], images[0], atol=1e-2)
+    images, _ = drawing.draw(load("digits-cd"), drawing.BATCH + 2, labels=(3,))
+    alone, _ = drawing.draw(load("digits-cd"), drawing.BATCH + 1, labels=(3,))
+    assert torch.allclose(images[drawing.BATCH], alone[drawing.BATCH], atol=1e-5)
+    assert not torch.allclose(images[drawing.BATCH], images[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("sampler", sorted(pictures.DIFFUSION))
+@pytest.mark.parametrize("sampler", sorted(drawing.DIFFUSION))
 def test_every_diffusion_sampler_draws_digits_of_the_class_asked_for(sampler):
-    images, labels = pictures.draw(load("digits-edm"), 20, steps=18, sampler=sampler)
+    images, labels = drawing.draw(load("digits-edm"), 20, steps=18, sampler=sampler)
     _, logits = checkpoints.load_classifier("digits-classifier")(images)
     assert (logits.argmax(1) == labels).sum() >= 18
 
