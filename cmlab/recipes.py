@@ -32,7 +32,8 @@ class Recipe:
     (math.inf: none). precision is "fp32", "bf16" or "fp16" (with loss scaling); on a device that does not multiply it, float32.
     micro_batches is in how many parts a batch is computed, one after the other or on as many devices: each has random numbers
     of its own. checkpointing computes activations twice to keep fewer (U-Net only). teacher and init_from name saved models;
-    teacher="exact" is the closed-form denoiser of the training data. Raises ValueError or TypeError for a bad value.
+    teacher="exact" is the closed-form denoiser of the training data. sigma_data replaces that of the data set. Raises
+    ValueError or TypeError for a bad value.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Recipe:
     seed: int = 0
     teacher: str | None = None
     init_from: str | None = None
+    sigma_data: float | None = None
     cost: str = ""  # measured on 2 CPU cores with bfloat16 instructions
     expected: str = ""
     note: str = ""  # where paper and released code differ
@@ -62,6 +64,8 @@ class Recipe:
         whole("iterations", self.iterations)
         whole("batch", self.batch)
         positive("lr", self.lr)
+        if self.sigma_data is not None:
+            positive("sigma_data", self.sigma_data)
         if not self.clip > 0:
             raise ValueError(f"clip must be above 0, got {self.clip}")
         known("precision", self.precision, PRECISIONS)
@@ -112,6 +116,12 @@ FORGETFUL = dict(**DIGITS_NET, dropout=0.3)  # a teacher without dropout copies 
 DIGITS = dict(sigma_min=0.002, sigma_max=20.0)  # beyond 20 nothing of a digit is left: 8 x 8 pixels of deviation 0.75
 TINTED_NET = dict(name="mlp", shape=[3, 16, 16], width=464, depth=4)
 TINTED = dict(sigma_min=0.002, sigma_max=40.0)
+# The released models' network and scalings in small: what is learnt here about loading, sampling and exporting holds for them.
+TINTED_UNET = dict(
+    name="unet", image_size=16, in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1,
+    attention_resolutions=[2, 4], channel_mult=[1, 2, 2], num_classes=10, num_head_channels=32, use_scale_shift_norm=True,
+    resblock_updown=True,
+)  # fmt: skip
 MOONS_NET = dict(name="mlp", shape=[2], width=128, depth=3, embedding=64)
 MOONS = dict(sigma_min=0.002, sigma_max=10.0)
 DISTIL = dict(num_scales=6, substeps=2, mu_0=0.95, distance=PseudoHuber(0.03))
@@ -168,6 +178,16 @@ _ALL = [
         ConsistencyDistillation(**TINTED, num_scales=18, mu_0=0.95, distance=PseudoHuber(0.03)),
         iterations=2000, batch=1024, lr=1.5e-3, decay=0.6, teacher="tinted-digits-edm", init_from="tinted-digits-edm",
         cost="11 min", expected="within 0.1 RMSE of its teacher's ODE at every level; editing: see lesson 05",
+    ),
+    Recipe(
+        "tinted-unet-edm", "tinted-digits", TINTED_UNET, EDM(), iterations=1200, batch=128, lr=1.5e-3, sigma_data=0.5, ema=0.995,
+        cost="15 min", expected="the teacher of tinted-unet-cd",
+    ),
+    Recipe(
+        "tinted-unet-cd", "tinted-digits", TINTED_UNET,
+        ConsistencyDistillation(num_scales=18, mu_0=0.95, distance=PseudoHuber(0.03)), iterations=800, batch=128, lr=1e-3, sigma_data=0.5,
+        ema=0.995, teacher="tinted-unet-edm", init_from="tinted-unet-edm",
+        cost="20 min", expected="tinted digits in one call, by the released models' code: lesson 06",
     ),
     Recipe(
         "moons-edm", "moons", MOONS_NET, EDM(**MOONS), iterations=1500, batch=384, lr=2e-3, precision="fp32",

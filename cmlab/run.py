@@ -78,7 +78,7 @@ class Run:
         if r.init_from:
             net.load_state_dict(checkpoints.load(r.init_from).net.state_dict())
         return checkpoints.KINDS[r.objective.model_kind](
-            net, self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
+            net, r.sigma_data or self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
         ).train()
 
     def _own_teacher(self) -> Callable | None:

@@ -1,0 +1,14 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_network_benchmark_runs_and_both_sides_agree():
+    """Times are for who reads them; what must hold is that the two networks compute the same."""
+    script = Path(__file__).parents[1] / "benchmarks" / "unet.py"
+    done = subprocess.run([sys.executable, script, "--small", "--rounds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    apart = [float(number) for number in re.findall(r"outputs differ by (\S+) of their", done.stdout)]
+    assert len(apart) == 2 and apart[0] < 1e-4 and apart[1] < 0.1, "float32, bfloat16"
+    assert done.stdout.count(" x as fast as diffusers") == 2 and "floor " in done.stdout
