@@ -38,7 +38,9 @@ def test_inception_sees_what_torch_fidelitys_network_sees(inception, offline, tm
     assert torch.equal(seen.probabilities, logits.softmax(1)) and seen.probabilities.shape == (2, 1008)
     assert (features[0] - features[1]).abs().mean() > 0.01 * features.mean()  # the images are told apart
     assert torch.equal(torch.get_rng_state(), before)
-    assert [path.read_bytes() == there.read_bytes() for path in offline.glob("[!.]*")] == [True]  # kept for the next time
+    assert [path.read_bytes() == there.read_bytes() for path in offline.glob("[!.]*")] == [
+        True
+    ]  # kept for the next time
 
 
 def test_inception_takes_grey_as_colour_and_no_other_number_of_channels(inception, offline, monkeypatch):
