@@ -1,4 +1,3 @@
-import os
 import signal
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from processes import CMLAB, start_ranks
 from test_released import network
 from toys import saved
 
@@ -78,19 +78,9 @@ def test_what_is_drawn_is_not_drawn_again(small_shards, tmp_path, monkeypatch):
 
 
 def test_two_ranks_under_torchrun_share_the_pictures_out(tmp_path):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "cmlab.cli",
-        "--",
-    ]
-    command = [*torchrun, "sample", "digits-cd", "--num", "1200", "--output", str(tmp_path / "two.npz")]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("samples: ") == 1, done.stderr[-2000:]
+    job = start_ranks(*CMLAB, "sample", "digits-cd", "--num", "1200", "--output", str(tmp_path / "two.npz"))
+    out, errors = job.communicate()
+    assert job.returncode == 0 and out.count("samples: ") == 1, errors[-2000:]
     assert main(["sample", "digits-cd", "--num", "1200", "--output", str(tmp_path / "one.npz")]) == 0
     one, two = npz(tmp_path / "one.npz"), npz(tmp_path / "two.npz")
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1, "threads round differently"

@@ -1,14 +1,12 @@
 """The real scripts that fetch ImageNet and LSUN, against small archives served on 127.0.0.1."""
 
 import io
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import lmdb
 import pytest
+from processes import run_script
 from served import serving
 from test_prepare import encoded, tar_of
 
@@ -19,11 +17,9 @@ HOME = Path(__file__).parents[1]
 
 def script(name, folder, **variables):
     """Runs datasets/<name>/fetch_<name>.sh with the data folder in place of the repository's."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    clean = {key: value for key, value in os.environ.items() if key not in ("HF_TOKEN", "CMLAB_IMAGENET")}
-    variables = {"CMLAB_DATA": str(folder), "PATH": path} | variables
-    command = [HOME / "datasets" / name / f"fetch_{name}.sh", "--workers", "1"]
-    return subprocess.run(command, env=clean | variables, capture_output=True, text=True)
+    fetch = HOME / "datasets" / name / f"fetch_{name}.sh"
+    without = ("HF_TOKEN", "CMLAB_IMAGENET")
+    return run_script(fetch, "--workers", "1", without=without, **{"CMLAB_DATA": str(folder)} | variables)
 
 
 def lsun_zip(tmp_path, name, count) -> bytes:

@@ -1,11 +1,10 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from golden_tools import facts
+from processes import run_script
 from served import serving
 from toys import draws, saved
 
@@ -98,24 +97,22 @@ def test_a_model_that_was_not_fetched_says_how_to(folder):
         fetch("cd_cat256_l1")
 
 
-def run_script(folder, url, *names):
+def run_fetch(folder, url, *names):
     script = Path(__file__).parents[1] / "checkpoints" / "fetch_checkpoints.sh"
-    places = {"CMLAB_CHECKPOINTS": str(folder), "CMLAB_RELEASED_URL": url}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run([script, *names], env=os.environ | places | {"PATH": path}, capture_output=True, text=True)
+    return run_script(script, *names, CMLAB_CHECKPOINTS=str(folder), CMLAB_RELEASED_URL=url)
 
 
 def test_the_script_fetches_all_of_them_and_resumes(folder):
     content = {one.file: os.urandom(200_000) for one in RELEASED.values()}
     with serving({f"/{file}": data for file, data in content.items()}) as site:
         site.cuts = [60_000, 50_000, 40_000]
-        done = run_script(folder, site.url, "all")
+        done = run_fetch(folder, site.url, "all")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("licence: MIT") == 12
         assert {file: (folder / file).read_bytes() for file in content} == content
-        again = run_script(folder, site.url, "cd_cat256_l2")
+        again = run_fetch(folder, site.url, "cd_cat256_l2")
     assert again.returncode == 0 and len(site.requests) == 12 + 3
-    wrong = run_script(folder, site.url, "cd_cat256_l1")
+    wrong = run_fetch(folder, site.url, "cd_cat256_l1")
     assert wrong.returncode == 1 and wrong.stderr.startswith("cmlab: unknown released checkpoint 'cd_cat256_l1'")
 
 

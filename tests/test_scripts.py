@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 from cmlab.recipes import RECIPES
 
@@ -16,10 +15,8 @@ PUBLISHED = [name for name in RECIPES if name.endswith(("64", "256", "-l2", "-lp
 
 
 def run(script, *options, **variables):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("CMLAB_DATA")}
-    variables = {"PATH": path, "OMP_NUM_THREADS": "1" if "PROCESSES" in variables else "2"} | variables
-    return subprocess.run([script, *options], env=clean | variables, capture_output=True, text=True)
+    threads = "1" if "PROCESSES" in variables else "2"
+    return run_script(script, *options, without=("CMLAB_DATA",), **{"OMP_NUM_THREADS": threads} | variables)
 
 
 def test_every_published_training_has_its_script():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import CMLAB, start_ranks
 from test_training import OBJECTIVES, SMALL, losses
 
 from cmlab import checkpoints
@@ -47,17 +48,9 @@ def trained(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        __file__,
-        str(folder),
-    ]
-    done = subprocess.run(torchrun, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    job = start_ranks(__file__, str(folder))
+    _, errors = job.communicate()
+    assert job.returncode == 0, errors[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -79,10 +72,8 @@ def test_a_gradient_that_is_not_finite_stops_every_rank(ranks):
 
 def start(folder):
     """Trains a small recipe in two processes, by the command line."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cmlab.cli"]
     train = ["train", "moons-edm", "--iterations", "300", "--device", "cpu", "--save-every", "20", "--tracker", "none"]
-    command = [*torchrun, *train, "--output", str(folder), "--resume", "auto"]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    return start_ranks(*CMLAB, *train, "--output", str(folder), "--resume", "auto")
 
 
 def children(pid):
