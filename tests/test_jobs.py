@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import SMALL
 
 from cmlab import jobs
-from cmlab.cli import _resumed
+from cmlab.cli_train import _resumed
 
 
 def test_losses_samples_and_metrics_are_there_to_look_at(tmp_path):
