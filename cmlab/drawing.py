@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 import zipfile
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from cmlab import plots, sampling
 from cmlab.checks import known, whole
+from cmlab.files import write_file, write_text
 from cmlab.noise import karras_sigmas
 from cmlab.released import RELEASED
 from cmlab.scaling import ConsistencyModel
@@ -168,7 +168,7 @@ def _begin(folder: Path, plan: dict) -> None:
         raise ValueError(
             f"{folder} holds shards of another drawing ({path.read_text()}): go on with the same options, or remove it"
         )
-    write_file(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def _put_together(file: BinaryIO, shards: list[Path], num: int, labels: Tensor | None) -> None:
@@ -182,18 +182,6 @@ def _put_together(file: BinaryIO, shards: list[Path], num: int, labels: Tensor |
         if labels is not None:
             with archive.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, labels.numpy())
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file so that a cut leaves the old one. Raises OSError that names the file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def first_of(path: Path, count: int) -> Iterator[Tensor]:

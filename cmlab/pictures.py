@@ -14,7 +14,8 @@ from cmlab import checkpoints, editing, plots
 from cmlab.batch import usable_folder
 from cmlab.checks import known, whole
 from cmlab.data import load_data
-from cmlab.drawing import STRIDE, levels_for, write_file
+from cmlab.drawing import STRIDE, levels_for
+from cmlab.files import write_file
 from cmlab.noise import karras_sigmas
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.streams import Streams

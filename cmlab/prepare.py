@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cmlab.checks import known, whole
+from cmlab.files import write_text
 from cmlab.sources import Item, Source, find_source, picture
 
 FACTS, PLAN = "prepared.json", "plan.json"
@@ -73,7 +74,7 @@ def _begin(output: Path, plan: dict) -> None:
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} holds other files; name a new folder")
         output.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(plan))
+        write_text(path, json.dumps(plan))
 
 
 def _cores() -> int:
@@ -128,7 +129,7 @@ def write_shard(source: Source, items: list[Item], path: Path, size: int, colour
         row = {"image": {"bytes": _png(image), "path": None}}
         writer.write(row | ({"label": classes.index(item.label)} if classes else {}))
     writer.finalize()
-    _write(path.with_suffix(".json"), json.dumps(skipped))
+    write_text(path.with_suffix(".json"), json.dumps(skipped))
     os.replace(partial, path)  # last: a shard that is there is whole
     return len(items)
 
@@ -169,17 +170,11 @@ def _finish(output: Path, settings: dict, classes: list[str], pictures: int, ski
     files = [{"filename": path.name} for path in sorted(output.glob("data-*.arrow"))]
     state = dict.fromkeys(("_format_columns", "_format_type", "_split")) | {"_format_kwargs": {}}
     state |= {"_data_files": files, "_fingerprint": output.name, "_output_all_columns": False}
-    _write(output / "state.json", json.dumps(state))
+    write_text(output / "state.json", json.dumps(state))
     facts = settings | dict(count=pictures - len(skipped), classes=classes, skipped=skipped)
-    _write(output / FACTS, json.dumps(facts, indent=1))
+    write_text(output / FACTS, json.dumps(facts, indent=1))
     for path in output.glob("data-*.json"):
         path.unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def extract(archive: Path, folder: Path) -> Iterator[str]:

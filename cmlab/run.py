@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -25,6 +24,7 @@ from cmlab import checkpoints
 from cmlab.checks import whole
 from cmlab.data import Data, Prepared
 from cmlab.exact import DatasetDenoiser
+from cmlab.files import write_file
 from cmlab.models import build
 from cmlab.objectives import ProgressiveDistillation
 from cmlab.recipes import PRECISIONS, Recipe
@@ -228,7 +228,6 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = dict(
             recipe=self.recipe.describe(), seed=self.seed, step=self.step,
             student=self.accelerator.unwrap_model(self.student).state_dict(), emas=[e.state_dict() for e in self.emas],
@@ -236,12 +235,7 @@ class Run:
             teacher=self.teacher.state_dict() if self.teacher_is_own else None,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), overflows=self.overflows,
         )  # fmt: skip
-        partial = folder / "state.pt.partial"
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the previous one's place
-        os.replace(partial, folder / "state.pt")
+        write_file(folder / "state.pt", lambda file: torch.save(state, file))
 
     def restore(self, folder: str | Path | None) -> None:
         """Reads <folder>/state.pt back, after checking that it belongs to this recipe and seed."""

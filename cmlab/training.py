@@ -69,9 +69,8 @@ def train(
         loss, grad_norm, lr = run.advance(folder)
         done, seconds = run.step == recipe.iterations, time.perf_counter() - begun
         look = done or (look_every is not None and run.step % look_every == 0)
-        model = (
-            run.finish(folder if done else None, seconds) if look else None
-        )  # before the state: a cut repeats a step
+        # the model before the state: a cut between the two repeats a step
+        model = run.finish(folder if done else None, seconds) if look else None
         if folder is not None and (done or run.step % save_every == 0):
             run.save(folder)
         scales, mu = (f(run.step - 1, recipe.iterations) for f in (recipe.objective.scales, recipe.objective.mu))
