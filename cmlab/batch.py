@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cmlab.files import write_text
 from cmlab.lessons import RESULTS_MIME
 
 CELL_TIMEOUT = 1800  # seconds: no cell of the series takes a third of it on 2 cores
@@ -250,8 +251,8 @@ class RunFolder:
 
         state = asdict(self)
         del state["folder"]
-        write_atomically(self.folder / "results.json", json.dumps(state, indent=1))
-        write_atomically(self.folder / "index.html", index_page(self))
+        write_text(self.folder / "results.json", json.dumps(state, indent=1))
+        write_text(self.folder / "index.html", index_page(self))
 
     @property
     def failed(self) -> list[Job]:
@@ -308,14 +309,7 @@ class RunFolder:
             (self.folder / file).parent.mkdir(exist_ok=True)
             (self.folder / file).write_bytes(picture)
             job.figures.append(dict(file=file.as_posix(), alt=alt))
-        write_atomically(self.folder / f"{job.name}.html", notebook_page(notebook, job.title))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a cut leaves the old one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        write_text(self.folder / f"{job.name}.html", notebook_page(notebook, job.title))
 
 
 def usable_folder(folder: Path, needed_mb: int = NEEDED_MB) -> Path:
