@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 import zipfile
@@ -153,12 +154,19 @@ def draw_to(path: Path, drawing: Drawing, name: str, rank: int = 0, ranks: int =
     for k in tqdm(mine, unit="shard", disable=rank > 0 or len(shards) == 1):
         pixels = plots.to_pixels(drawing.part(*shards[k], progress=len(shards) == 1 and drawing.num > BATCH)[0])
         write_file(files[k], lambda file, pixels=pixels: np.save(file, pixels))
-    if rank == 0:
-        while not all(file.exists() for file in files):  # those of the other ranks
+    if rank > 0:
+        write_text(_done(folder, rank), "")
+    else:
+        while not all(_done(folder, other).exists() for other in range(1, ranks)):
             time.sleep(0.2)
         labels = _classes(drawing.model, drawing.num, drawing.labels)
         write_file(path, lambda file: _put_together(file, files, drawing.num, labels))
         shutil.rmtree(folder)
+
+
+def _done(folder: Path, rank: int) -> Path:
+    """Says that a rank will write no more, in this start of the job: only then may rank 0 remove the folder."""
+    return folder / f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{rank}.done"
 
 
 def _begin(folder: Path, plan: dict) -> None:

@@ -31,6 +31,9 @@ OUTER = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
     "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
 }  # fmt: skip
+DEFAULTS = dict(
+    dropout=0.0, num_class_embeds=None, attn_norm_num_groups=None, downsample_type="conv", upsample_type="conv",
+)  # fmt: skip  # of UNet2DModel, where its config leaves them out
 
 
 def describe(network: dict[str, Any], sigma_min: float, sigma_max: float) -> dict[str, dict]:
@@ -120,11 +123,6 @@ def unet_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
     if differs:
         raise ValueError(f"this UNet2DModel is built otherwise than the released ones: {', '.join(differs)}")
     return ours
-
-
-DEFAULTS = dict(
-    dropout=0.0, num_class_embeds=None, attn_norm_num_groups=None, downsample_type="conv", upsample_type="conv"
-)
 
 
 def parameters(config: dict[str, Any]) -> Iterator[tuple[str, list[str], bool]]:

@@ -249,7 +249,7 @@ class Run:
                 f"{path} cannot be read as a training state ({type(error).__name__}); is it cut off?"
             ) from error
         mine = json.loads(json.dumps(self.recipe.describe()))
-        told = ("cost", "expected", "checkpointing")  # prose, and what changes no number
+        told = ("cost", "expected", "note", "checkpointing")  # prose, and what changes no number
         differs = [k for k, v in state["recipe"].items() if k not in told and mine.get(k) != json.loads(json.dumps(v))]
         if differs or state["seed"] != self.seed:
             raise ValueError(f"{path} belongs to another run: {', '.join(differs) or 'seed'} differ")
@@ -284,10 +284,12 @@ def parts_of(recipe: Recipe, rank: int, ranks: int) -> list[tuple[int, int, int]
     Raises ValueError where the micro-batches cannot be shared out evenly.
     """
     parts, size = recipe.micro_batches, recipe.batch // recipe.micro_batches
+    if 2 * max(parts, ranks) > STREAMS:
+        raise ValueError(f"a batch has at most {STREAMS // 2} micro-batches or processes, got {parts} and {ranks}")
     if parts % ranks == 0:
         return [(k, 0, 1) for k in range(rank * parts // ranks, (rank + 1) * parts // ranks)]
     shares = ranks // parts
-    if ranks % parts or size % shares or 2 * ranks >= STREAMS:
+    if ranks % parts or size % shares:
         raise ValueError(f"batch {recipe.batch} in {parts} micro-batches cannot be shared out over {ranks} processes")
     return [(rank // shares, rank % shares, shares)]
 

@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -46,6 +47,19 @@ def test_the_file_does_not_depend_on_the_number_of_ranks(small_shards, tmp_path)
     assert (tmp_path / "one.npz").read_bytes()[:2] == b"PK"
     one, three = npz(tmp_path / "one.npz"), npz(tmp_path / "three.npz")
     assert all(np.array_equal(one[name], three[name]) for name in ("arr_0", "arr_1"))
+
+
+def test_the_folder_stays_until_every_rank_is_done(small_shards, tmp_path):
+    """A rank without a shard of its own may come last: the folder that it opens must not outlive the job."""
+    first = threading.Thread(target=draw_to, args=(tmp_path / "a.npz", Drawing(MODEL, 5), "digits-cd", 0, 2))
+    first.start()
+    while not list((tmp_path / "a.npz.shards").glob("*.npy")):
+        time.sleep(0.01)
+    first.join(0.5)
+    assert first.is_alive() and not (tmp_path / "a.npz").exists()
+    draw_to(tmp_path / "a.npz", Drawing(MODEL, 5), "digits-cd", 1, 2)
+    first.join()
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.npz"]
 
 
 def test_a_picture_depends_on_its_number_only():

@@ -178,6 +178,15 @@ def test_processes_share_the_parts_out(parts, ranks, expected):
 def test_parts_that_cannot_be_shared_out_are_refused():
     with pytest.raises(ValueError, match="batch 32 in 4 micro-batches cannot be shared out over 3 processes"):
         parts_of(SMALL.replace(micro_batches=4), 0, 3)
+    with pytest.raises(ValueError, match="at most 504 micro-batches or processes, got 512 and 1"):
+        parts_of(SMALL.replace(batch=512, micro_batches=512), 0, 1)
+
+
+def test_no_two_micro_batches_of_two_steps_share_a_random_stream():
+    run = Run(SMALL.replace(batch=504, micro_batches=504), load_data("digits"), None, "cpu", 0)
+    last = run._number(1 + 2 * run.parts[-1][0])  # the dropout of the last part
+    run.step += 1
+    assert last < run._number(0)
 
 
 def test_the_last_record_carries_the_averaged_model(tmp_path):

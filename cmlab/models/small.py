@@ -58,9 +58,7 @@ class ResidualMLP(nn.Module):
         same_shape("x", x, (len(x), *self.shape))
         check_labels(labels, len(x), self.num_classes)
         dtype = self.enter.weight.dtype
-        emb = self.time(
-            fourier(c_noise / 250, self.config["embedding"]).to(dtype)
-        )  # (B, E): ln(sigma), smooth and fine
+        emb = self.time(fourier(c_noise / 250, self.config["embedding"]).to(dtype))  # (B, E) of ln(sigma)
         if self.label is not None:
             emb = emb + self.label(labels)
         emb = F.silu(emb)
