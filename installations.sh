@@ -39,7 +39,7 @@ Environment:
   REFERENCE_URL     where --with-reference clones from (a path will do)
   PYTHON            the interpreter to start from (default: python3; Python 3.10 or newer);
                     one of another version than .venv has makes .venv anew
-  CMLAB_NEED_GB     free disk space to insist on, in GB (default: 8 for a torch with CUDA, 2 for one without,
+  CMLAB_NEED_GB     free disk space to insist on, in GB (default: 8 for a torch with CUDA, 3 for one without,
                     1 where torch is there already)
 HELP
 }
@@ -240,7 +240,7 @@ nothing_to_do() {
 
 check_disk() {
     local folder=$PWD need=8 free
-    if [ "$url" = "$PYTORCH/cpu" ] || [ "$(uname)" = Darwin ]; then need=2; fi
+    if [ "$url" = "$PYTORCH/cpu" ] || [ "$(uname)" = Darwin ]; then need=3; fi
     if [ "$keep" = yes ]; then need=1; fi
     need=${CMLAB_NEED_GB:-$need}
     if [ "$system" = yes ]; then folder=$("$python" -c 'import sys; print(sys.prefix)'); fi

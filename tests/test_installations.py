@@ -287,7 +287,7 @@ def test_an_unreachable_package_index_ends_in_one_clear_line(machine):
 def test_a_full_disk_is_noticed_before_anything_is_installed(machine):
     machine.free_gb(1)
     line = machine.refuse()
-    assert line.startswith("error: disk full: the installation needs 2 GB, 1 GB are free in ")
+    assert line.startswith("error: disk full: the installation needs 3 GB, 1 GB are free in ")
     assert machine.noted("pip") == [] and machine.noted("venv") == []
 
 
