@@ -20,6 +20,7 @@ import tyro
 
 from cmlab.interop import unet_to_diffusers, weights_to_diffusers
 from cmlab.models import UNet
+from cmlab.models.winograd import winograd
 from cmlab.planning import forward_flops
 from cmlab.released import IMAGENET64
 
@@ -55,6 +56,9 @@ def settings(
             f, g = (torch.compile(net) if way else net for net in (mine, other))
             calls[name + way, "cmlab"] = lambda f=f, x=x: f(x, t, y)
             calls[name + way, "diffusers"] = lambda g=g, x=x: g(x, t, class_labels=y, return_dict=False)[0]
+    if device == "cpu":
+        fewer = winograd(copy.deepcopy(ours).to(dtype=dtype, memory_format=torch.channels_last))
+        calls["channels last, Winograd", "cmlab"] = lambda: fewer(x, t, y)
     return calls
 
 
