@@ -39,7 +39,10 @@ class TrainingDiverged(RuntimeError):
 
 
 class Loss(nn.Module):
-    """An objective and the networks that it calls as one module, which processes share: it is called once a backward pass."""
+    """An objective and the networks that it calls, as one module for the processes to share: one call, then its backward pass.
+
+    Within it the student may be called twice and the target beside it, which no wrapper of the student alone would allow.
+    """
 
     def __init__(self, objective: Objective, student: nn.Module, target: nn.Module | None, teacher: Callable | None):
         super().__init__()
@@ -256,7 +259,7 @@ class Run:
             teacher=self.teacher.state_dict() if self.teacher_is_own else None,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), overflows=self.overflows,
         )  # fmt: skip
-        state = gathered(state, keep=main)
+        state = gathered(state, keep=main)  # all processes take part, one writes
         if main:
             write_file(Path(folder) / "state.pt", lambda file: torch.save(state, file))
 
@@ -292,8 +295,10 @@ class Run:
         """The averaged model, ready to use. With a folder it is saved as <folder>/model, those of other rates as model-ema-<rate>."""
         names = [*(f"model-ema-{rate:g}" for rate in self.recipe.emas[:-1]), "model"]
         facts = dict(recipe=self.recipe.name, seed=self.seed, seconds=round(seconds, 1))
-        for name, average in list(zip(names, self.emas, strict=True))[0 if folder else -1 :]:
-            model = self._model_with(gathered(average.module.state_dict())).eval().requires_grad_(False)
+        averages = list(zip(names, self.emas, strict=True))
+        for name, average in averages if folder is not None else averages[-1:]:
+            weights = gathered(average.module.state_dict())  # all processes take part
+            model = self._model_with(weights).eval().requires_grad_(False)
             model.info = checkpoints.describe(model) | {"data": self.data.name, "facts": {}}
             if folder is not None and self.accelerator.is_main_process:
                 checkpoints.save(model, Path(folder) / name, data=self.data.name, **facts)
