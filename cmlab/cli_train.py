@@ -69,6 +69,7 @@ def train(
     output: Path | None = None,
     resume: str | None = None,
     device: str | None = None,
+    parallel: Literal["ddp", "fsdp"] = "ddp",
     save_every: int = 100,
     look_every: int | None = None,
     metrics: int = 0,
@@ -92,6 +93,8 @@ def train(
         resume: The folder of a stopped run, to go on where it stopped; or auto: go on in --output if something is there, else begin.
             Give the same options.
         device: cpu or cuda; the best there is without it.
+        parallel: What several processes do with the weights: ddp, a whole copy on each; fsdp, a share on each, for networks that fill
+            the memory. A run may go on under the other.
         save_every: Steps between two saved states.
         look_every: Steps between two sheets of samples, in <output>/samples.
         metrics: Measure so many samples at every look.
@@ -103,27 +106,28 @@ def train(
     from cmlab.recipes import get_recipe
 
     if recipe in ("digits-classifier", "tinted-digits-classifier"):
-        alone(recipe, iterations=iterations, seed=seed, resume=resume, device=device)
+        alone(recipe, iterations=iterations, seed=seed, resume=resume, device=device, parallel=parallel == "fsdp")
         return _train_classifier(recipe, output)
     given = dict(
         iterations=iterations, micro_batches=micro_batches, precision=precision, checkpointing=checkpointing or None
     )
     plan = get_recipe(recipe).replace(**{name: value for name, value in given.items() if value is not None})
     if dry_run:
-        return _print_plan(plan)
+        return _print_plan(plan, parallel)
     options = dict(
-        seed=seed, device=device, save_every=save_every, look_every=look_every, tracker=tracker, metrics_samples=metrics
-    )
+        seed=seed, device=device, parallel=parallel, save_every=save_every, look_every=look_every, tracker=tracker,
+        metrics_samples=metrics,
+    )  # fmt: skip
     if smoke:
         return _smoke(plan, options)
     return _train(recipe, plan, output, resume, options)
 
 
-def _print_plan(plan) -> int:
+def _print_plan(plan, parallel: str) -> int:
     from cmlab.jobs import ranks
     from cmlab.planning import report
 
-    for line in report(plan, ranks()):
+    for line in report(plan, ranks(), parallel):
         print(line)
     return 0
 

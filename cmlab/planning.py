@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmlab import checkpoints
+from cmlab.checks import known
 from cmlab.distances import LPIPS
 from cmlab.models import build
 from cmlab.objectives import EDM, ConsistencyDistillation, ProgressiveDistillation
+from cmlab.parallel import PARALLEL
 from cmlab.prepare import prepare
 from cmlab.recipes import PRECISIONS, Recipe
 from cmlab.released import RELEASED
@@ -71,16 +73,23 @@ def activation_bytes(recipe: Recipe) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in kept.values()))
 
 
-def memory_bytes(recipe: Recipe, ranks: int) -> dict[str, float]:
-    """An estimate of what one of so many devices holds, by what it is for."""
+def memory_bytes(recipe: Recipe, ranks: int, parallel: str = "ddp") -> dict[str, float]:
+    """An estimate of what one of so many devices holds, by what it is for.
+
+    With "fsdp" each holds its share of what lasts from step to step; gradients of several micro-batches add up whole before they
+    are shared out. Raises ValueError for an unknown parallel.
+    """
+    shares = ranks if known("parallel", parallel, PARALLEL) == "fsdp" else 1
     with torch.device("meta"):
         weights = 4.0 * sum(p.numel() for p in build(recipe.network).parameters())
     has_target = recipe.objective.mu(recipe.iterations, recipe.iterations) > 0
     copies = 1 + len(recipe.emas) + has_target + (recipe.teacher not in (None, "exact"))
+    gradients = weights if recipe.micro_batches > ranks else weights / shares
     at_once = recipe.batch / max(recipe.micro_batches, ranks)
     return {
-        "weights of student, averages, target, teacher": copies * weights,
-        "gradients and optimizer": 3 * weights,
+        "weights of student, averages, target, teacher": copies * weights / shares,
+        "gradients and optimizer": gradients + 2 * weights / shares,
+        "the student's weights in half precision": weights / 2 * (recipe.precision != "fp32"),
         f"activations of {at_once:g} images": at_once * activation_bytes(recipe),
     }
 
@@ -94,13 +103,13 @@ def matmul_flops(seconds: float = 0.5) -> float:
     return done * 2 * 1024**3 / (time.perf_counter() - begun)
 
 
-def report(recipe: Recipe, ranks: int = 1) -> Iterator[str]:
+def report(recipe: Recipe, ranks: int = 1, parallel: str = "ddp") -> Iterator[str]:
     """The plan of a training over so many processes, line by line: resolved config, size, memory, cost."""
     yield json.dumps(recipe.describe(), indent=1, ensure_ascii=False)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(recipe.network).parameters())
     yield f"parameters       {parameters:,}"
-    memory = memory_bytes(recipe, ranks)
+    memory = memory_bytes(recipe, ranks, parallel)
     for what, size in memory.items():
         yield f"memory           {size / 2**30:8.1f} GB   {what}"
     devices = f"{ranks} device{'s' * (ranks > 1)}"

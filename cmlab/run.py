@@ -10,12 +10,10 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,7 +24,8 @@ from cmlab.data import Data, Prepared
 from cmlab.exact import DatasetDenoiser
 from cmlab.files import write_file
 from cmlab.models import build
-from cmlab.objectives import ProgressiveDistillation
+from cmlab.objectives import Objective, ProgressiveDistillation
+from cmlab.parallel import Sharing, accelerator_on, averaging, gathered, load_model, load_optimizer
 from cmlab.recipes import PRECISIONS, Recipe
 from cmlab.scaling import Denoiser
 from cmlab.streams import randn, seeded
@@ -39,6 +38,21 @@ class TrainingDiverged(RuntimeError):
     """The loss or its gradient stopped being finite. The message names the step, the noise levels and the last good checkpoint."""
 
 
+class Loss(nn.Module):
+    """An objective and the networks that it calls, as one module for the processes to share: one call, then its backward pass.
+
+    Within it the student may be called twice and the target beside it, which no wrapper of the student alone would allow.
+    """
+
+    def __init__(self, objective: Objective, student: nn.Module, target: nn.Module | None, teacher: Callable | None):
+        super().__init__()
+        self.objective, self.student, self.target, self.teacher = objective, student, target, teacher
+
+    def forward(self, images: Tensor, labels: Tensor | None, noise: Tensor, *levels: Tensor) -> Tensor:
+        """(B, …), (B,) or None, (B, …) and the objective's levels (B,) -> losses (B,)."""
+        return self.objective(self.student, images, labels, noise, *levels, target=self.target, teacher=self.teacher)
+
+
 class Run:
     """The state of one training: student, target, averages, optimizer and step.
 
@@ -46,24 +60,40 @@ class Run:
     after the other, adding up gradients; where there are more processes than parts, several share one.
     """
 
-    def __init__(self, recipe: Recipe, data: Data | Prepared, teacher: Callable | None, device: str | None, seed: int):
+    def __init__(
+        self, recipe: Recipe, data: Data | Prepared, teacher: Callable | None, device: str | None, seed: int,
+        parallel: str = "ddp",
+    ):  # fmt: skip
         self.recipe, self.data, self.seed, self.step = recipe, data, whole("seed", seed, 0), 0
         if seed > LARGEST_SEED:
             raise ValueError(f"seed must be at most {LARGEST_SEED}, got {seed}")
         self.accelerator = accelerator_on(device)
         self.parts = parts_of(recipe, self.accelerator.process_index, self.accelerator.num_processes)
         self.precision, self.overflows = precision_on(recipe.precision, self.accelerator.device), 0
-        student = self._new_student()
-        teacher = self._own_teacher() if teacher is None else copy.deepcopy(teacher)  # the caller's stays as it is
-        if isinstance(teacher, nn.Module):  # an exact denoiser is a plain function
-            teacher = teacher.eval().requires_grad_(False).to(self.accelerator.device)
-        self.teacher, self.teacher_is_own = teacher, False
-        student = student.to(self.accelerator.device)
-        self.emas = [AveragedModel(student, multi_avg_fn=partial(self._ema_average, rate)) for rate in recipe.emas]
-        self.target = self._new_target(student)
-        self.optimizer = self._new_optimizer(student)
-        self.student = self.accelerator.prepare(student)
+        self.sharing = Sharing(parallel, self.accelerator)
+        self._assemble(
+            self._new_student(),
+            self._own_teacher() if teacher is None else copy.deepcopy(teacher),  # the caller's stays as it is
+            teacher_is_own=False,
+        )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == torch.float16)
+
+    def _assemble(self, student: Denoiser, teacher: Callable | None, teacher_is_own: bool) -> None:
+        """All that trains a student, from its weights on. Every model is placed before the next is copied: together they may not fit."""
+        if isinstance(teacher, nn.Module):  # an exact denoiser is a plain function
+            teacher = self.sharing.place(teacher.eval().requires_grad_(False))
+        self.teacher, self.teacher_is_own = teacher, teacher_is_own
+        self.emas = [self._averaged(student, partial(self._ema_average, rate)) for rate in self.recipe.emas]
+        self.target = self._new_target(student)
+        self.student = self.sharing.place(student)
+        self.optimizer = self._new_optimizer()
+        target = None if self.target is None else self.target.module
+        self.loss = self.sharing.join(Loss(self.recipe.objective, self.student, target, self.teacher))
+
+    def _averaged(self, student: Denoiser, average: Callable) -> AveragedModel:
+        averaged = AveragedModel(student, multi_avg_fn=average)
+        self.sharing.place(averaged.module.requires_grad_(False))
+        return averaged
 
     @property
     def ema(self) -> AveragedModel:
@@ -71,15 +101,26 @@ class Run:
         return self.emas[-1]
 
     def _new_student(self) -> Denoiser:
-        r = self.recipe
         with seeded(self.seed):
-            net = build(r.network)
+            student = self._model()
+        if self.recipe.init_from:
+            student.net.load_state_dict(checkpoints.load(self.recipe.init_from).net.state_dict())
+        return student.train()
+
+    def _model(self) -> Denoiser:
+        r = self.recipe
+        net = build(r.network)
         net.checkpointing = r.checkpointing
-        if r.init_from:
-            net.load_state_dict(checkpoints.load(r.init_from).net.state_dict())
         return checkpoints.KINDS[r.objective.model_kind](
             net, r.sigma_data or self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
-        ).train()
+        )
+
+    def _model_with(self, weights: dict[str, Tensor]) -> Denoiser:
+        """A model of the student's kind with a copy of these weights."""
+        with torch.device("meta"):
+            model = self._model()
+        model.to_empty(device=self.accelerator.device).load_state_dict(weights)
+        return model
 
     def _own_teacher(self) -> Callable | None:
         if self.recipe.teacher == "exact":
@@ -96,17 +137,17 @@ class Run:
     def _conditional(self) -> bool:
         return self.recipe.network.get("num_classes") is not None
 
-    def _new_target(self, student: nn.Module) -> AveragedModel | None:
+    def _new_target(self, student: Denoiser) -> AveragedModel | None:
         if self.recipe.objective.mu(self.recipe.iterations, self.recipe.iterations) == 0:
             return None
-        target = AveragedModel(student, multi_avg_fn=self._target_average).train()
+        target = self._averaged(student, self._target_average).train()
         target.n_averaged.fill_(1)  # of none, the first update would copy the student instead of averaging
-        return target.requires_grad_(False)
+        return target
 
-    def _new_optimizer(self, student: nn.Module) -> torch.optim.Optimizer:
+    def _new_optimizer(self) -> torch.optim.Optimizer:
         kind = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[self.recipe.optimizer]
         fused = {"fused": True} if self.recipe.optimizer == "adamw" else {}
-        return kind(student.parameters(), lr=self.recipe.lr, betas=self.recipe.betas, weight_decay=0.0, **fused)
+        return kind(self.student.parameters(), lr=self.recipe.lr, betas=self.recipe.betas, weight_decay=0.0, **fused)
 
     def _ema_average(self, rate: float, averages, parameters, count) -> None:
         count = int(count)
@@ -139,8 +180,7 @@ class Run:
         losses, sigmas = [], []
         mine = self.recipe.batch // self.accelerator.num_processes
         for k, part in enumerate(self.parts, 1):
-            last = k == len(self.parts)
-            with nullcontext() if last else self.accelerator.no_sync(self.student):
+            with averaging(self.loss, now=k == len(self.parts)):
                 values, levels = self._losses(*part)
                 self.scaler.scale(values.sum() / mine).backward()
             losses.append(values.detach())
@@ -150,7 +190,7 @@ class Run:
     def _update(self, folder: str | Path | None) -> float:
         """Clips, steps and averages; returns the norm before. In float16 a step whose gradients overflow is left out."""
         self.scaler.unscale_(self.optimizer)
-        norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.clip))
+        norm = float(gathered(nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip)))
         overflow = not math.isfinite(norm)
         if overflow and self.scaler.get_scale() <= 1:  # 1 where there is no scaling
             self._stop("gradient", "", folder)
@@ -159,24 +199,17 @@ class Run:
         self.optimizer.zero_grad()
         self.overflows += overflow
         if not overflow:
-            student = self.accelerator.unwrap_model(self.student)
             for average in [*self.emas, self.target] if self.target else self.emas:  # the target with this step's mu(k)
-                average.update_parameters(student)
+                average.update_parameters(self.student)
         return norm
 
     def _losses(self, part: int, share: int, shares: int) -> tuple[Tensor, list[Tensor]]:
         images, labels, noise, levels = self._draw(part, share, shares)
-        target = None if self.target is None else self.target.module
-        if target is None and self.accelerator.num_processes > 1:
-            target = self.accelerator.unwrap_model(self.student)  # no second forward through the data-parallel wrapper
         device = self.accelerator.device
         dropout = 1 + 2 * (part + self.recipe.micro_batches * share)
         with seeded(self._number(dropout), device):
             with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-                losses = self.recipe.objective(
-                    self.student, images, labels, noise, *levels, target=target, teacher=self.teacher
-                )
-        return losses, levels
+                return self.loss(images, labels, noise, *levels), levels
 
     def _draw(self, part: int, share: int, shares: int):
         """A part of the step's batch from (seed, step, part), and of it one share of so many."""
@@ -205,15 +238,8 @@ class Run:
             return
         before, now = (self.recipe.objective.scales(k, self.recipe.iterations) for k in (self.step - 1, self.step))
         if before != now:
-            self._take_over(self.ema.module.state_dict())
-            self.accelerator.unwrap_model(self.student).load_state_dict(self.teacher.state_dict())
-            self.optimizer.state.clear()
-            for average in self.emas:
-                average.n_averaged.zero_()
-
-    def _take_over(self, weights: dict[str, Tensor]) -> None:
-        self.teacher, self.teacher_is_own = copy.deepcopy(self.ema.module).eval().requires_grad_(False), True
-        self.teacher.load_state_dict(weights)
+            student = self._model_with(gathered(self.ema.module.state_dict())).train()
+            self._assemble(student, copy.deepcopy(student), teacher_is_own=True)
 
     def _stop(self, what: str, where: str, folder: str | Path | None) -> None:
         """Raises TrainingDiverged: the weights are still those before this step."""
@@ -225,17 +251,17 @@ class Run:
 
     def save(self, folder: str | Path) -> None:
         """Writes <folder>/state.pt: all that the next step depends on. Atomic: a cut leaves the previous state."""
-        if not self.accelerator.is_main_process:
-            return
-        folder = Path(folder)
+        main = self.accelerator.is_main_process
         state = dict(
             recipe=self.recipe.describe(), seed=self.seed, step=self.step,
-            student=self.accelerator.unwrap_model(self.student).state_dict(), emas=[e.state_dict() for e in self.emas],
+            student=self.student.state_dict(), emas=[e.state_dict() for e in self.emas],
             target=None if self.target is None else self.target.state_dict(),
             teacher=self.teacher.state_dict() if self.teacher_is_own else None,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), overflows=self.overflows,
         )  # fmt: skip
-        write_file(folder / "state.pt", lambda file: torch.save(state, file))
+        state = gathered(state, keep=main)  # all processes take part, one writes
+        if main:
+            write_file(Path(folder) / "state.pt", lambda file: torch.save(state, file))
 
     def restore(self, folder: str | Path | None) -> None:
         """Reads <folder>/state.pt back, after checking that it belongs to this recipe and seed."""
@@ -254,28 +280,29 @@ class Run:
         if differs or state["seed"] != self.seed:
             raise ValueError(f"{path} belongs to another run: {', '.join(differs) or 'seed'} differ")
         self.step = state["step"]
-        self.accelerator.unwrap_model(self.student).load_state_dict(state["student"])
+        if state["teacher"] is not None:
+            self._assemble(self._new_student(), self._model_with(state["teacher"]), teacher_is_own=True)
+        load_model(self.student, state["student"])
         for average, saved in zip(self.emas, state["emas"], strict=True):
-            average.load_state_dict(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+            load_model(average, saved)
+        if self.target is not None:
+            load_model(self.target, state["target"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.overflows = state["overflows"]
-        if self.target is not None:
-            self.target.load_state_dict(state["target"])
-        if state["teacher"] is not None:
-            self._take_over(state["teacher"])
 
     def finish(self, folder: str | Path | None, seconds: float) -> Denoiser:
         """The averaged model, ready to use. With a folder it is saved as <folder>/model, those of other rates as model-ema-<rate>."""
-        models = [copy.deepcopy(average.module).eval().requires_grad_(False) for average in self.emas]
-        for model in models:
+        names = [*(f"model-ema-{rate:g}" for rate in self.recipe.emas[:-1]), "model"]
+        facts = dict(recipe=self.recipe.name, seed=self.seed, seconds=round(seconds, 1))
+        averages = list(zip(names, self.emas, strict=True))
+        for name, average in averages if folder is not None else averages[-1:]:
+            weights = gathered(average.module.state_dict())  # all processes take part
+            model = self._model_with(weights).eval().requires_grad_(False)
             model.info = checkpoints.describe(model) | {"data": self.data.name, "facts": {}}
-        if folder is not None and self.accelerator.is_main_process:
-            facts = dict(recipe=self.recipe.name, seed=self.seed, seconds=round(seconds, 1))
-            names = [*(f"model-ema-{rate:g}" for rate in self.recipe.emas[:-1]), "model"]
-            for name, model in zip(names, models, strict=True):
+            if folder is not None and self.accelerator.is_main_process:
                 checkpoints.save(model, Path(folder) / name, data=self.data.name, **facts)
-        return models[-1]
+        return model
 
 
 def parts_of(recipe: Recipe, rank: int, ranks: int) -> list[tuple[int, int, int]]:
@@ -292,18 +319,6 @@ def parts_of(recipe: Recipe, rank: int, ranks: int) -> list[tuple[int, int, int]
     if ranks % parts or size % shares:
         raise ValueError(f"batch {recipe.batch} in {parts} micro-batches cannot be shared out over {ranks} processes")
     return [(rank // shares, rank % shares, shares)]
-
-
-def accelerator_on(device: str | None) -> Accelerator:
-    """accelerate's side of a run. The first one in a process decides on the device: raises ValueError for another."""
-    try:
-        accelerator = Accelerator(cpu=device == "cpu")
-        own, asked = accelerator.device, torch.device(device or accelerator.device)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be had: {error}") from error
-    if asked.type != own.type or asked.index not in (None, own.index):
-        raise ValueError(f"device {device!r} was asked for, this process runs on {own}")
-    return accelerator
 
 
 NATIVE = {"bf16": ("amx_bf16", "avx512_bf16"), "fp16": ("amx_fp16", "avx512_fp16")}  # a CPU's instructions

@@ -40,6 +40,7 @@ def train(
     save_every: int = 500,
     seed: int | None = None,
     look_every: int | None = None,
+    parallel: str = "ddp",
 ) -> Iterator[Record]:
     """Trains a recipe; yields a Record a step. `*_, last = train("digits-cd")` gives the model as last.model.
 
@@ -48,14 +49,18 @@ def train(
     With a folder the state is saved every save_every steps and at the end (state.pt, atomically), and the final model as
     <folder>/model; resume=True goes on from the state found there, resume="auto" does if there is one and else begins. Every
     look_every steps the record carries the averaged model so far. device is that of the whole process: the first run's stays.
-    Raises FileNotFoundError if there is nothing to resume, ValueError if the state belongs to another recipe, if a folder to start
-    in holds a run or if a teacher is missing, TrainingDiverged when the loss or its gradient is not finite.
+    parallel is what several processes do with the models: "ddp", a whole copy on each, or "fsdp", a share of every weight, average
+    and optimizer state on each. One process has nothing to share out and trains the same under either, and a state that was saved
+    under one goes on under the other, on any number of processes.
+    Raises FileNotFoundError if there is nothing to resume, ValueError for an unknown parallel, if the state belongs to another recipe,
+    if a folder to start in holds a run or if a teacher is missing, TrainingDiverged when the loss or its gradient is not finite.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     whole("save_every", save_every)
     if folder is not None and resume is False:
         untaken(Path(folder), "state.pt")
-    run = Run(recipe, data or load_data(recipe.data), teacher, device, recipe.seed if seed is None else seed)
+    seed = recipe.seed if seed is None else seed
+    run = Run(recipe, data or load_data(recipe.data), teacher, device, seed, parallel)
     if resume == "auto":
         resume = run.agreed(folder is not None and (Path(folder) / "state.pt").exists())
     if resume:

@@ -22,4 +22,11 @@ def start_ranks(*command: str) -> subprocess.Popen:
     return subprocess.Popen(torchrun, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def run_ranks(*command: str) -> None:
+    """Runs two ranks to their end; fails with all that they said, of which the cause is seldom the last."""
+    job = start_ranks(*command)
+    _, errors = job.communicate()
+    assert job.returncode == 0, errors
+
+
 CMLAB = ("-m", "cmlab.cli", "--")  # its options would be taken for torchrun's own

@@ -64,6 +64,21 @@ def test_checkpointing_and_micro_batches_save_memory():
     assert sum(planning.memory_bytes(recipe, 128).values()) < few, "more devices than parts share one"
 
 
+def test_what_lasts_is_divided_by_the_processes_that_share_it_out(capsys, monkeypatch):
+    recipe, lasting = get_recipe("cd-imagenet64-l2"), "weights of student, averages, target, teacher"
+    parts = recipe.replace(micro_batches=8)
+    whole, shared = planning.memory_bytes(parts, 8), planning.memory_bytes(parts, 8, "fsdp")
+    for what in (lasting, "gradients and optimizer"):
+        assert shared[what] == whole[what] / 8
+    several = planning.memory_bytes(recipe, 8, "fsdp")["gradients and optimizer"]
+    assert several == pytest.approx((1 + 2 / 8) / 3 * whole["gradients and optimizer"]), "they add up whole"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["train", recipe.name, "--dry-run", "--parallel", "fsdp"]) == 0
+    assert f"{shared[lasting] / 2**30:8.1f} GB   {lasting}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unknown parallel 'fsdp2'"):
+        planning.memory_bytes(recipe, 8, "fsdp2")
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_plan(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
