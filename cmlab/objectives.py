@@ -108,7 +108,7 @@ class EDM(Objective):
     def __call__(self, student, images, labels, noise, sigma, target=None, teacher=None) -> Tensor:
         same_shape("noise", noise, images.shape)
         denoised = student(add_noise(images, noise, sigma), sigma, labels)
-        return weighting(self.weight, sigma, student_sigma_data(student)) * l2(denoised, images)
+        return weighting(self.weight, sigma, student.sigma_data) * l2(denoised, images)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class SelfConsistency(Objective):
         ahead = student(x_high, high, labels)
         with torch.no_grad(), dropout.replayed():
             behind = (student if target is None else target)(x_low, low, labels)
-        weight = weighting(self.weight, high, student_sigma_data(student), low)
+        weight = weighting(self.weight, high, student.sigma_data, low)
         return weight.to(ahead.dtype) * self.distance(ahead, behind)  # (B,)
 
     def step_down(self, x_high, images, noise, high, low, labels, teacher) -> Tensor:
@@ -312,7 +312,7 @@ class ProgressiveDistillation(Objective):
         with torch.no_grad():
             aim = self.two_steps(teacher, x_high, high, middle, low, labels)
         denoised = student(x_high, high, labels)
-        weight = weighting(self.weight, high, student_sigma_data(student))
+        weight = weighting(self.weight, high, student.sigma_data)
         return weight.to(denoised.dtype) * self.distance(denoised, aim)
 
     def two_steps(self, teacher, x_high, high, middle, low, labels) -> Tensor:
@@ -321,8 +321,3 @@ class ProgressiveDistillation(Objective):
         x_low = euler(teacher, euler(teacher, x_high, high, middle, labels), middle, low, labels)
         slope = add_noise(torch.zeros_like(x_high), x_low - x_high, 1 / (low - high))
         return add_noise(x_high, slope, -high)
-
-
-def student_sigma_data(student) -> float:
-    """sigma_data of a model, also behind the wrapper that data-parallel training puts around it."""
-    return getattr(student, "module", student).sigma_data

@@ -1,15 +1,15 @@
 """3 x 3 convolutions with half the multiplications or fewer, for sampling on a CPU (Winograd 1980; Lavin & Gray 2016).
 
 A tile of m x m results needs 9 m^2 products of pixel and weight; the minimal filtering algorithm F(m x m, 3 x 3) gets
-them from (m + 2)^2: 2.25 times fewer for m = 2, 4 times fewer for m = 4. In Lavin & Gray's notation (eq. 13)
+them from (m + 2)^2: 2.25 times fewer for m = 2, 4 times fewer for m = 4. In Lavin & Gray's notation
 
     Y = A^T [(G g G^T) * (B^T d B)] A
 
 with g the weights, d a tile of (m + 2)^2 pixels, * elementwise. The products of all tiles and channels are (m + 2)^2
 matrix products; the transforms are a few additions per pixel, which torch.compile fuses into one pass each.
 
-Where the picture was enlarged twofold before (nearest neighbour), two tiles' middle pixels are equal, one difference of
-m = 2 is zero, and (2 + 1)^2 products give the four results: a quarter. Its matrices, on the picture before, are UP's.
+Where the picture was enlarged twofold just before (nearest neighbour), the two middle pixels of a tile of m = 2 are equal:
+one of its differences is zero, and 3^2 products give the four results, a quarter. UP's matrices act on the picture before.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OUTPUT = {  # A^T
 
 
 def combine(matrix: tuple, parts: list[Tensor]) -> list[Tensor]:
-    """matrix @ parts, without the products by 0 and 1: these additions are all that a transform costs."""
+    """matrix @ parts, tensors of one shape, without the products by 0 and 1: additions are most of what a transform costs."""
     rows = []
     for row in matrix:
         terms = [part if factor == 1 else factor * part for factor, part in zip(row, parts, strict=True) if factor]
@@ -100,7 +100,7 @@ class WinogradConv2d(nn.Module):
         self.register_buffer("bias", conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W), of the weights' dtype."""
+        """x (B, C, H, W), of the weights' dtype -> (B, C', H, W), channels last."""
         height, width = x.shape[2:]
         if self.kind == UP:
             x = x[..., ::2, ::2]
