@@ -248,19 +248,19 @@ def evaluate(
 
     Args:
         samples: An .npz as cmlab sample writes it (arr_0: uint8, N x H x W x C).
-        reference: Another .npz, or a data set: digits, digits:held-out, tinted-digits, tinted-digits:held-out.
+        reference: Another .npz, or a data set: digits, digits:held-out, tinted-digits, tinted-digits:held-out. An .npz may hold
+            the moments of a whole data set (mu, sigma), as ADM's reference batches do: the Fréchet distance is to these.
         extractor: digits-classifier, tinted-digits-classifier or inception; the one that fits the size without it.
         device: cpu or cuda; cpu without it.
     """
     from cmlab import metrics, pictures
 
-    images, labels = pictures.read_samples(samples)
-    real = pictures.read_reference(reference)
+    pixels, labels = pictures.read_samples(samples)
+    real, moments = pictures.read_reference(reference)
     fitting = {(1, 8, 8): "digits-classifier", (3, 16, 16): "tinted-digits-classifier"}
-    extractor = extractor or fitting.get(tuple(images.shape[1:]), "inception")
-    numbers = metrics.evaluate(
-        images.split(1000), real.split(1000), extractor, None if extractor == "inception" else labels, device=device
-    )
+    extractor = extractor or fitting.get(tuple(pixels.shape[1:]), "inception")
+    classes = None if extractor == "inception" else labels
+    numbers = metrics.evaluate(pictures.batches(pixels), real, extractor, classes, device=device, moments=moments)
     print(f"extractor {extractor}")
     _print_table(
         [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in numbers.items()]

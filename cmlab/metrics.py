@@ -64,19 +64,25 @@ class GaussianStatistics:
         return self.scatter / (self.count - 1)
 
 
-def frechet_from_statistics(a: GaussianStatistics, b: GaussianStatistics) -> float:
+def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): Heusel et al. (2017), eq. 6. 0 or more, up to rounding.
 
-    The trace of the root comes from the eigenvalues of the symmetric C_a^(1/2) C_b C_a^(1/2), which is stable for
-    singular covariances too (fewer samples than features), where a general matrix root is not.
-    Raises ValueError for fewer than 2 samples on either side, and for features of two lengths.
+    Means (D,) and covariances (D, D), float64. The trace of the root comes from the eigenvalues of the symmetric
+    C_a^(1/2) C_b C_a^(1/2), which is stable for singular covariances too (fewer samples than features), where a general
+    matrix root is not. Raises ValueError for features of two lengths.
     """
-    cov_a, cov_b = a.cov, b.cov
-    same_shape("the second mean", b.mean, a.mean.shape)
+    same_shape("the second mean", mean_b, mean_a.shape)
+    same_shape("the second covariance", cov_b, cov_a.shape)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     product = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0)
-    return float((a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * product.sqrt().sum())
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * product.sqrt().sum())
+
+
+def frechet_from_statistics(a: GaussianStatistics, b: GaussianStatistics) -> float:
+    """frechet_from_moments of what was gathered. Raises ValueError for fewer than 2 samples on either side, too."""
+    cov_a, cov_b = a.cov, b.cov  # first: without samples there is no mean either
+    return frechet_from_moments(a.mean, cov_a, b.mean, cov_b)
 
 
 def frechet_distance(features_a, features_b) -> float:
@@ -291,21 +297,25 @@ def evaluate(
     labels: Tensor | None = None,
     train: Tensor | None = None,
     device: str | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """All metrics of samples against reference images: each one tensor or batches of (B, C, H, W) in [-1, 1].
 
     Returns fd, is, kid, precision, recall, samples and reference (the two counts); where labels (N,) say which class
     each sample should be, accuracy; where train is given, nearest_neighbour_ratio, with reference as held-out images.
+    moments, mean (D,) and covariance (D, D) of features, are those of a data set of which reference is only a part: fd is to them.
     Memory is flat: kid, precision and recall look at 10,000 random features a side, the others at all.
-    Raises ValueError for an unknown extractor, images that do not suit it, fewer than 4 on either side, labels of
-    another number than the samples, and a reference that is all in train; and what get_extractor raises.
+    Raises ValueError for an unknown extractor, images that do not suit it, fewer than 4 on either side, moments of other
+    features, labels of another number than the samples, and a reference that is all in train; and what get_extractor raises.
     """
     extract = get_extractor(extractor, device)
     fake, classes, near = _summarize("samples", samples, extract, train)
     real, _, real_near = _summarize("reference", reference, extract, train)
     precision, recall = precision_recall(real.kept.rows, fake.kept.rows)
     result = {
-        "fd": frechet_from_statistics(fake.gaussian, real.gaussian),
+        "fd": frechet_from_moments(
+            fake.gaussian.mean, fake.gaussian.cov, *(moments or (real.gaussian.mean, real.gaussian.cov))
+        ),
         "is": fake.classes.score,
         "kid": kernel_distance(fake.kept.rows, real.kept.rows, subsets=20)[0],
         "precision": precision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,7 @@ def save_sheet(path: Path, images: Tensor, columns: int = 10) -> None:
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Images (N, C, H, W) in [-1, 1] and labels (N,) or None, from an .npz with arr_0 uint8 (N, H, W, C) and arr_1."""
+    """Pixels (N, C, H, W) uint8 and labels (N,) or None, from an .npz with arr_0 uint8 (N, H, W, C) and arr_1."""
     if not path.exists():
         raise FileNotFoundError(f"no such samples: {path}")
     try:
@@ -193,15 +194,28 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"{path} is no .npz of samples with an array arr_0: {error}") from error
     if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[3] not in (1, 3):
         raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {pixels.dtype} {pixels.shape}")
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return images, None if labels is None else torch.from_numpy(labels).long()
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), None if labels is None else torch.from_numpy(labels).long()
 
 
-def read_reference(name: str) -> Tensor:
-    """Real images (N, C, H, W): of an .npz, or of a data set (its training part, or name:held-out)."""
+def batches(pixels: Tensor, size: int = 1000) -> Iterator[Tensor]:
+    """Pixels (N, C, H, W) uint8 as images in [-1, 1], a batch after the other: as floats all of them take four times the memory."""
+    for part in pixels.split(size):
+        yield part.float() / 127.5 - 1
+
+
+def read_reference(name: str) -> tuple[Iterable[Tensor], tuple[Tensor, Tensor] | None]:
+    """Real images in batches (B, C, H, W): of an .npz, or of a data set (its training part, or name:held-out); and moments or None.
+
+    ADM's reference batches hold 10,000 images for precision and recall and, as mu (D,) and sigma (D, D), the moments of the
+    Inception features of their whole data set for the FID (guided-diffusion, evaluations/).
+    """
     if name.endswith(".npz"):
-        return read_samples(Path(name))[0]
+        pixels, _ = read_samples(Path(name))
+        with np.load(name) as file:
+            found = "mu" in file and "sigma" in file
+            moments = tuple(torch.from_numpy(file[key]).double() for key in ("mu", "sigma")) if found else None
+        return batches(pixels), moments
     data, _, part = name.partition(":")
     known("part of a data set", part, ["", "held-out"])
     loaded = load_data(data)
-    return loaded.held_out if part else loaded.images
+    return (loaded.held_out if part else loaded.images).split(1000), None

@@ -17,6 +17,7 @@ from cmlab import checkpoints, doctor, drawing, pictures
 from cmlab.checkpoints import load
 from cmlab.cli import COMMANDS, main
 from cmlab.data import load_data
+from cmlab.extractors import get_extractor
 from cmlab.recipes import RECIPES, get_recipe
 from cmlab.training import train
 
@@ -167,6 +168,24 @@ def test_evaluate_measures_samples_against_a_data_set(here, capsys):
     assert code == 0 and numbers["extractor"] == "digits-classifier"
     assert (numbers["samples"], numbers["reference"]) == ("200", "360")
     assert float(numbers["accuracy"]) > 0.9 and 0 < float(numbers["fd"]) < 10
+
+
+def test_a_reference_batch_brings_the_moments_of_its_whole_data_set(here, capsys):
+    """The layout of ADM's: images for precision and recall, mu and sigma for the Fréchet distance."""
+    outcome(capsys, "sample", "digits-cd", "--num", "200", "--output", "a.npz")
+    train = load_data("digits").images
+    features = get_extractor("digits-classifier")(train).features.double().numpy()
+    pixels = ((train[:50] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez("part.npz", arr_0=pixels)
+    np.savez("batch.npz", arr_0=pixels, mu=features.mean(0), sigma=np.cov(features, rowvar=False), mu_s=1, sigma_s=1)
+    np.savez("other.npz", arr_0=pixels, mu=np.zeros(2048), sigma=np.eye(2048))
+    part, batch, whole = (
+        dict(line.split() for line in outcome(capsys, "evaluate", "a.npz", reference)[1].splitlines())
+        for reference in ("part.npz", "batch.npz", "digits")
+    )
+    assert batch["fd"] == whole["fd"] != part["fd"] and batch["recall"] == part["recall"] != whole["recall"]
+    code, _, error = outcome(capsys, "evaluate", "a.npz", "other.npz")
+    assert code == 1 and "the second mean must have shape (64,), got (2048,)" in error
 
 
 def test_inpainting_keeps_the_known_half_in_the_written_picture(here, capsys):

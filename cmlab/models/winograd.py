@@ -113,7 +113,9 @@ class WinogradConv2d(nn.Module):
 
 
 FEW = 16  # channels for which the transforms cost more than they save: the images' own
-LARGE = 400 * 768  # weights over which m = 4's, four times as many, cost more memory than their speed is worth
+LARGE = (
+    400 * 768
+)  # pairs of channels over which m = 4's weights, four times as many, cost more memory than their speed is worth
 
 
 def winograd(net: nn.Module) -> nn.Module:
