@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,7 +30,15 @@ def accelerator_on(device: str | None) -> Accelerator:
         raise ValueError(f"device {device!r} cannot be had: {error}") from error
     if asked.type != own.type or asked.index not in (None, own.index):
         raise ValueError(f"device {device!r} was asked for, this process runs on {own}")
+    if accelerator.num_processes > 1:
+        _part_at_exit()
     return accelerator
+
+
+@cache  # once a process
+def _part_at_exit() -> None:
+    """Ends the group of processes before the interpreter: its threads, if they outlive it, abort a job whose work is done."""
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
 
 
 class Sharing:

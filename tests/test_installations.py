@@ -9,11 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
-import pip
 import pytest
-from pip._vendor.packaging.requirements import Requirement
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTORCH = "https://download.pytorch.org/whl"
@@ -109,7 +109,8 @@ class Machine:
         (folder / "install.py").write_text(INSTALL)
         (folder / "editable").symlink_to(self.clone)
         (folder / "only_pip").mkdir()
-        (folder / "only_pip" / "pip").symlink_to(Path(pip.__file__).parent)
+        # Found without importing it: pip takes setuptools' distutils away from all that is imported later.
+        (folder / "only_pip" / "pip").symlink_to(distribution("pip").locate_file("pip"))
         for tool in TOOLS + ["tee"]:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.program("python3", PYTHON)

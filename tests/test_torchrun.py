@@ -1,5 +1,6 @@
 """Two processes are one with the same global batch: run under torchrun with gloo, in processes of their own."""
 
+import atexit
 import json
 import os
 import signal
@@ -33,7 +34,11 @@ IN_PARTS = SMALL.replace(micro_batches=4)
 
 
 def trained(folder):
-    """What every rank does: the losses of each recipe, and how a broken gradient ends."""
+    """What every rank does: the losses of each recipe, how a broken gradient ends, and what is left at the end of all."""
+    left = Path(folder, f"{os.environ['RANK']}.left")
+    atexit.register(
+        lambda: left.write_text(f"in a group: {torch.distributed.is_initialized()}")
+    )  # the first comes last
     seen = {name: losses(recipe_of(name)) for name in NAMES}
     seen["in parts"] = losses(IN_PARTS)
     run = Run(SMALL, load_data("digits"), None, "cpu", 0)
@@ -46,8 +51,12 @@ def trained(folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
     run_ranks(__file__, str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -62,6 +71,11 @@ def test_two_ranks_have_the_losses_of_one_process(ranks, name):
 def test_micro_batches_have_the_same_dropout_on_any_number_of_ranks(ranks):
     for rank in ranks:
         assert rank["in parts"] == pytest.approx(losses(IN_PARTS), rel=1e-5)
+
+
+def test_every_rank_leaves_the_group_before_its_interpreter_ends(ranks, folder):
+    """Else threads of gloo are left running, and now and then abort it."""
+    assert [(folder / f"{rank}.left").read_text() for rank in (0, 1)] == ["in a group: False"] * 2
 
 
 def test_a_gradient_that_is_not_finite_stops_every_rank(ranks):
@@ -83,6 +97,7 @@ def test_when_one_rank_is_killed_the_job_says_how_to_go_on_and_does(tmp_path):
     job = start_ranks(*training(tmp_path / "killed"))
     while job.poll() is None and saved_step(tmp_path / "killed") < 40:
         time.sleep(0.05)
+    assert job.poll() is None, job.communicate()[1]
     os.kill(children(job.pid)[-1], signal.SIGKILL)
     _, errors = job.communicate()
     assert job.returncode != 0 and "another process of this training has ended" in errors
