@@ -61,7 +61,11 @@ def data(
 def train(
     recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE")],
     /,
+    data: str | None = None,
+    teacher: str | None = None,
     iterations: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
     micro_batches: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
     checkpointing: bool = False,
@@ -84,7 +88,12 @@ def train(
 
     Args:
         recipe: The name of a recipe (cmlab recipes lists them), or digits-classifier, tinted-digits-classifier.
+        data: A folder that cmlab data prepare wrote, or the name of a data set, instead of the recipe's; the network takes its size
+            and classes.
+        teacher: A saved denoiser to distil and to start from, instead of the recipe's.
         iterations: Training steps, instead of the recipe's.
+        batch: Images a step, over all processes, instead of the recipe's.
+        lr: The learning rate, instead of the recipe's.
         micro_batches: In how many parts a batch is computed: more need less memory.
         precision: Of the networks' arithmetic, instead of the recipe's.
         checkpointing: Compute activations twice to keep fewer in memory.
@@ -103,15 +112,31 @@ def train(
         smoke: Train 3 steps of a shrunken copy on synthetic pictures, by the same path.
     """
     from cmlab.checks import alone
-    from cmlab.recipes import get_recipe
+    from cmlab.data import load_data
+    from cmlab.recipes import fitted, get_recipe
 
     if recipe in ("digits-classifier", "tinted-digits-classifier"):
-        alone(recipe, iterations=iterations, seed=seed, resume=resume, device=device, parallel=parallel == "fsdp")
+        alone(
+            recipe,
+            data=data,
+            teacher=teacher,
+            iterations=iterations,
+            batch=batch,
+            lr=lr,
+            seed=seed,
+            resume=resume,
+            device=device,
+            parallel=parallel == "fsdp",
+        )
         return _train_classifier(recipe, output)
     given = dict(
-        iterations=iterations, micro_batches=micro_batches, precision=precision, checkpointing=checkpointing or None
-    )
-    plan = get_recipe(recipe).replace(**{name: value for name, value in given.items() if value is not None})
+        iterations=iterations, batch=batch, lr=lr, micro_batches=micro_batches, precision=precision,
+        checkpointing=checkpointing or None,
+    )  # fmt: skip
+    plan = get_recipe(recipe)
+    if data is not None or teacher is not None:
+        plan = fitted(plan, load_data(data or plan.data), teacher)
+    plan = plan.replace(**{name: value for name, value in given.items() if value is not None})
     if dry_run:
         return _print_plan(plan, parallel)
     options = dict(

@@ -258,3 +258,27 @@ RECIPES = {recipe.name: recipe for recipe in _ALL}
 def get_recipe(name: str) -> Recipe:
     """A recipe by name. Raises ValueError for an unknown one, naming the nearest."""
     return RECIPES[known("recipe", name, RECIPES)]
+
+
+def fitted(recipe: Recipe, data, teacher: str | None = None) -> Recipe:
+    """The recipe on another data set (data.Data or data.Prepared), its network with that one's shape and classes.
+
+    teacher, the name or path of a denoiser that knows these pictures, takes the place of the model that the recipe distils, starts
+    from, or both. Without it a recipe that only starts from a model starts from random weights. Raises ValueError if a recipe that
+    distils gets no teacher, one that takes none gets one, or a U-Net something else than square pictures.
+    """
+    roles = [role for role in ("teacher", "init_from") if getattr(recipe, role) not in (None, "exact")]
+    if "teacher" in roles and teacher is None:
+        raise ValueError(f"teacher is missing: {recipe.name} distils {recipe.teacher}, which does not know {data.name}")
+    if teacher is not None and not roles:
+        raise ValueError(f"teacher must be left out, got {teacher!r}: {recipe.name} takes none")
+    network = recipe.network | {"num_classes": data.num_classes} | _sizes(recipe.network["name"], data)
+    return recipe.replace(data=data.name, network=network, **dict.fromkeys(roles, teacher))
+
+
+def _sizes(network: str, data) -> dict:
+    if network == "mlp":
+        return {"shape": list(data.shape)}
+    if len(data.shape) != 3 or data.shape[1] != data.shape[2]:
+        raise ValueError(f"data must be square pictures for a U-Net, got {data.name} of shape {tuple(data.shape)}")
+    return {"image_size": data.shape[1], "in_channels": data.shape[0], "out_channels": data.shape[0]}

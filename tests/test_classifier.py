@@ -45,6 +45,7 @@ def test_a_shift_moves_every_image_by_at_most_one_pixel():
     ("call", "message"),
     [
         (lambda: train_classifier("digit"), "unknown data set 'digit'. Did you mean 'digits'"),
+        (lambda: train_classifier("moons"), "data must have classes to tell apart, got moons, which has none"),
         (lambda: train_classifier("digits", steps=0), "steps must be at least 1, got 0"),
         (lambda: DigitsClassifier(size=12), "size must be a power of two, got 12"),
         (lambda: DigitsClassifier(size=4), "size must be at least 8, got 4"),

@@ -8,6 +8,7 @@ from cmlab.cli import main
 from cmlab.models import build
 from cmlab.recipes import RECIPES, get_recipe
 from cmlab.released import IMAGENET64
+from cmlab.training import train
 
 from test_scripts import PUBLISHED  # isort: skip
 
@@ -77,6 +78,31 @@ def test_what_lasts_is_divided_by_the_processes_that_share_it_out(capsys, monkey
     assert f"{shared[lasting] / 2**30:8.1f} GB   {lasting}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unknown parallel 'fsdp2'"):
         planning.memory_bytes(recipe, 8, "fsdp2")
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in PUBLISHED])  # test_scripts runs those
+def test_every_recipe_trains_three_steps_of_a_shrunken_copy(name, capsys):
+    assert main(["train", name, "--smoke", "--tracker", "none"]) == 0
+    assert f"{name}: 3 steps of a shrunken copy ran" in capsys.readouterr().out
+
+
+def test_images_a_second_are_those_of_the_very_training():
+    """Against the clock of a training of its own: as many images again as a measurement foretells."""
+    recipe = get_recipe("digits-edm").replace(network=MLP, batch=64)
+    rate = planning.images_per_second(recipe, seconds=1.0)
+    *_, last = train(recipe.replace(iterations=100))
+    assert rate / 3 < 6400 / last.seconds < rate * 3, "the order of magnitude: other work shares the machine"
+    in_parts = planning.images_per_second(recipe.replace(batch=64 * 10**6, micro_batches=10**6), seconds=0.2)
+    assert rate / 3 < in_parts < rate * 3, "one part is measured, not a step of all"
+    with pytest.raises(ValueError, match="seconds must be a finite number above 0, got 0"):
+        planning.images_per_second(recipe, seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(119, "119 seconds"), (120, "2.0 minutes"), (7200, "2.0 hours"), (1e9, "31.7 years")]
+)
+def test_a_time_is_told_in_the_largest_unit_of_which_it_holds_two(seconds, text):
+    assert planning.duration(seconds) == text
 
 
 @pytest.mark.parametrize("name", RECIPES)
