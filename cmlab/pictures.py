@@ -14,11 +14,12 @@ from torch import Tensor
 from cmlab import checkpoints, editing, plots
 from cmlab.batch import usable_folder
 from cmlab.checks import known, whole
-from cmlab.data import load_data
+from cmlab.data import Data, load_data
 from cmlab.drawing import STRIDE, levels_for
 from cmlab.files import write_file
 from cmlab.noise import karras_sigmas
 from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.sources import picture
 from cmlab.streams import Streams
 
 REGIONS = ["lower", "upper", "left", "right", "center"]
@@ -79,27 +80,27 @@ def read_picture(model, name: str) -> tuple[Tensor, int | None]:
     channels, height, width = model.info["shape"]
     if name.startswith("held-out:"):
         data, number = load_data(model.info["data"]), name.removeprefix("held-out:")
+        if not isinstance(data, Data):
+            raise ValueError(f"{name} is not there: of {data.name} nothing was held back; name a picture file")
         if not number.isdigit() or int(number) >= len(data.held_out):
             raise ValueError(f"held-out:N takes a number 0 … {len(data.held_out) - 1}, got {name!r}")
         return data.held_out[int(number)], int(data.held_out_labels[int(number)])
-    picture = open_picture(name).convert("L" if channels == 1 else "RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.resize((width, height), Image.Resampling.BOX, box=(left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
+    image = open_picture(name).convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((width, height), Image.Resampling.BOX, box=(left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image)).reshape(height, width, channels)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1, None
 
 
 def open_picture(path: str) -> Image.Image:
-    """A picture file, read whole. Raises FileNotFoundError, or ValueError for no picture or half of one."""
+    """A picture file, as sources.picture sees it. Raises FileNotFoundError, or ValueError for no picture or half of one."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no such picture: {path} (held-out:N takes one of the model's data set)")
     try:
-        picture = Image.open(path)
-        picture.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return picture(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return picture
 
 
 def _edit_labels(model, labels: list[int | None]) -> Tensor | None:
@@ -139,10 +140,10 @@ def read_mask(name: str, height: int, width: int) -> Tensor:
         return mask
     if not Path(name).exists():
         known("mask", name, [*REGIONS, "a picture file"])
-    picture = open_picture(name).convert("L")
-    if picture.size != (width, height):
-        raise ValueError(f"mask {name} must be {width} x {height} pixels, got {picture.width} x {picture.height}")
-    return (torch.from_numpy(np.array(picture)) >= 128).float()
+    image = open_picture(name).convert("L")
+    if image.size != (width, height):
+        raise ValueError(f"mask {name} must be {width} x {height} pixels, got {image.width} x {image.height}")
+    return (torch.from_numpy(np.array(image)) >= 128).float()
 
 
 def _between(model, pictures: Tensor, labels: Tensor | None, denoiser: str | None, num: int, steps: int) -> Tensor:

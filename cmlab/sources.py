@@ -6,6 +6,7 @@ of a picture file. Archives are read where they are: nothing is unpacked, so no 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -194,12 +195,17 @@ def find_source(name: str | Path, split: str = "train") -> Source:
 
 
 def picture(data: bytes) -> Image.Image:
-    """The image, RGB or grey (L), that the bytes of a picture file hold. Raises ValueError for bytes that hold none."""
+    """The image, RGB or grey (L), that the bytes of a picture file hold, upright: turned as its EXIF note says.
+
+    Transparency is dropped. Raises ValueError for bytes that hold no picture.
+    """
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # of a damaged file, anything
         raise ValueError(f"no picture: {type(error).__name__}: {error}") from error
+    with contextlib.suppress(Exception):  # a damaged note: the picture as it is stored
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits a pixel
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L" if image.mode in ("1", "L") else "RGB")

@@ -7,6 +7,7 @@ from cmlab import planning
 from cmlab.checkpoints import load
 from cmlab.cli import main
 from cmlab.data import load_data
+from cmlab.pictures import read_picture
 from cmlab.prepared import Prepared
 from cmlab.recipes import fitted, get_recipe
 
@@ -71,6 +72,10 @@ def test_the_command_trains_a_teacher_and_distils_it_on_a_folder_of_ones_own(spo
     assert main(["sample", "cd/model", "--num", "3", "--output", "three.npz"]) == 0
     model = load("cd/model")
     assert model.info["shape"] == [3, 16, 16] and model.net.num_classes == 2 and model.info["data"] == str(spots)
+    with pytest.raises(
+        ValueError, match="held-out:0 is not there: of .*spots nothing was held back; name a picture file"
+    ):
+        read_picture(model, "held-out:0")
     state = torch.load("edm/state.pt", weights_only=True)["recipe"]
     assert (state["lr"], state["batch"], state["iterations"]) == (0.002, 4, 2)
 

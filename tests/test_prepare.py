@@ -239,6 +239,25 @@ def test_bad_sources_are_named(source, message, tmp_path, monkeypatch):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("stored", range(1, 9))
+def test_a_picture_that_a_camera_stored_turned_comes_out_upright(stored):
+    upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    as_stored = {  # the EXIF standard's eight orientations: how to get from upright to what is in the file
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T, 6: np.rot90(upright),
+        7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
+    }  # fmt: skip
+    note, file = Image.Exif(), io.BytesIO()
+    note[0x0112] = stored
+    Image.fromarray(np.ascontiguousarray(as_stored[stored])).save(file, "PNG", exif=note)
+    assert np.array_equal(np.asarray(picture(file.getvalue())), upright)
+
+
+def test_a_picture_with_a_damaged_note_stays_as_it_is_stored():
+    file = io.BytesIO()
+    Image.fromarray(pixels(0)).save(file, "PNG", exif=b"Exif\0\0MM\0*\0\0")
+    assert np.array_equal(np.asarray(picture(file.getvalue())), pixels(0))
+
+
 def test_sixteen_bit_and_transparent_pictures_are_read():
     file = io.BytesIO()
     Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(file, "PNG")
