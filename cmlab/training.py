@@ -41,6 +41,7 @@ def train(
     seed: int | None = None,
     look_every: int | None = None,
     parallel: str = "ddp",
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[Record]:
     """Trains a recipe; yields a Record a step. `*_, last = train("digits-cd")` gives the model as last.model.
 
@@ -48,7 +49,9 @@ def train(
     denoiser serves as teacher.
     With a folder the state is saved every save_every steps and at the end (state.pt, atomically), and the final model as
     <folder>/model; resume=True goes on from the state found there, resume="auto" does if there is one and else begins. Every
-    look_every steps the record carries the averaged model so far. device is that of the whole process: the first run's stays.
+    look_every steps the record carries the averaged model so far. stop() is asked after every step: the one after which it says True
+    is the last, and ends the run as the recipe's last step does; its state is one to go on from. device is that of the whole process:
+    the first run's stays.
     parallel is what several processes do with the models: "ddp", a whole copy on each, or "fsdp", a share of every weight, average
     and optimizer state on each. One process has nothing to share out and trains the same under either, and a state that was saved
     under one goes on under the other, on any number of processes.
@@ -70,9 +73,11 @@ def train(
     elif folder is not None:
         run.save(folder)  # an unwritable folder is found out now, not after an hour
     begun = time.perf_counter()
-    while run.step < recipe.iterations:
+    done = False
+    while not done:
         loss, grad_norm, lr = run.advance(folder)
-        done, seconds = run.step == recipe.iterations, time.perf_counter() - begun
+        done = run.step == recipe.iterations or (stop is not None and run.agreed(stop()))
+        seconds = time.perf_counter() - begun
         look = done or (look_every is not None and run.step % look_every == 0)
         # the model before the state: a cut between the two repeats a step
         model = run.finish(folder if done else None, seconds) if look else None

@@ -1,20 +1,34 @@
-"""Tests that need something beside the package are collected only where it is."""
+"""The browser that several test files share."""
 
-import os
-import shutil
+import contextlib
 
 import pytest
-from reference_code import FOLDER
+from browsing import CHROMIUM, FLAGS, answer
+from playwright.sync_api import sync_playwright
 
-collect_ignore = [] if (FOLDER / "cm" / "unet.py").is_file() else ["test_reference.py"]
-if not (os.environ.get("CHROMIUM") or shutil.which("chromium")):
-    collect_ignore.append("test_tour_browser.py")
+
+@pytest.fixture(scope="session")
+def browser():
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """An empty torch home without network; returns where it keeps weights."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no network, at once
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    return tmp_path / "torch" / "hub" / "checkpoints"
+def open_page(browser):
+    """Opens pages that may ask this machine only. page.outside: what else they asked for; page.errors: what they logged."""
+    with contextlib.ExitStack() as contexts:
+
+        def open_page(url: str, width: int = 1200, scheme: str = "light"):
+            context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            contexts.callback(context.close)
+            page = context.new_page()
+            page.outside, page.errors = [], []
+            page.route("**/*", lambda route: answer(page, route))
+            page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))
+            page.on("pageerror", lambda error: page.errors.append(str(error)))
+            page.goto(url)
+            return page
+
+        yield open_page

@@ -364,3 +364,16 @@ def test_bfloat16_is_left_alone_on_a_cpu_that_would_emulate_it(monkeypatch, has,
     with mock.patch("torch.autocast", wraps=torch.autocast) as autocast:
         next(train(SMALL.replace(precision="bf16")))
     assert {call.kwargs["enabled"] for call in autocast.call_args_list} == {used}
+
+
+def test_a_run_that_is_told_to_stop_keeps_its_model_and_can_go_on(tmp_path):
+    recipe = get_recipe("moons-edm").replace(iterations=8, batch=16)
+    asked = iter([False, False, True])
+    *_, last = train(recipe, folder=tmp_path / "run", stop=lambda: next(asked))
+    assert last.step == 3 and last.total == 8
+    kept = checkpoints.load(tmp_path / "run" / "model")
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), last.model.parameters(), strict=True))
+    *_, end = train(recipe, folder=tmp_path / "run", resume=True)
+    *_, whole = train(recipe)
+    assert end.step == 8
+    assert all(torch.equal(a, b) for a, b in zip(end.model.parameters(), whole.model.parameters(), strict=True))

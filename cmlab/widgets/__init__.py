@@ -1,0 +1,15 @@
+"""Live controls for the lessons: sliders, and pictures to point at, beside a picture and a sentence that follow them.
+
+All state lives in the widget that is returned. Without a running kernel the lessons show a static figure beside each.
+"""
+
+from cmlab.widgets.curves import CurriculumViewer, QualityExplorer
+from cmlab.widgets.explore import explore
+from cmlab.widgets.live import train_live
+from cmlab.widgets.paths import ConsistencyViewer, OdeExplorer
+from cmlab.widgets.samples import MaskPainter, SamplerPlayground
+
+__all__ = [
+    "ConsistencyViewer", "CurriculumViewer", "MaskPainter", "OdeExplorer", "QualityExplorer", "SamplerPlayground", "explore",
+    "train_live",
+]  # fmt: skip

@@ -1,0 +1,76 @@
+"""A picture that can be pointed at: with a mouse, a finger, or the arrow keys."""
+
+from __future__ import annotations
+
+import anywidget
+import traitlets
+
+# Positions are shares of the picture's width and height. A stroke has a number of its own while the pointer is down; 0 is a
+# pointer that only moves. Sent as one value, so that no position is ever paired with another one's stroke.
+_PAGE = """
+function render({ model, el }) {
+  const picture = document.createElement("img");
+  picture.tabIndex = 0;
+  picture.draggable = false;
+  picture.className = "cmlab-surface";
+  picture.setAttribute("role", "application");
+  picture.style = "touch-action: none; cursor: crosshair; max-width: 100%; image-rendering: pixelated";
+  const show = () => {
+    picture.src = model.get("source");
+    picture.alt = model.get("alt");
+    picture.setAttribute("aria-label", model.get("label"));
+  };
+  let stroke = 0, down = false, place = [0.5, 0.5];
+  const send = (number) => {
+    place = place.map((share) => Math.min(Math.max(share, 0), 0.9999));
+    model.set("touch", [...place, number]);
+    model.save_changes();
+  };
+  const at = (event) => {
+    const box = picture.getBoundingClientRect();
+    place = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  };
+  picture.addEventListener("pointerdown", (event) => {
+    down = true;
+    stroke += 1;
+    picture.setPointerCapture(event.pointerId);
+    at(event);
+    send(stroke);
+  });
+  picture.addEventListener("pointermove", (event) => {
+    if (down) { at(event); send(stroke); }
+  });
+  for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, () => { down = false; });
+  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  picture.addEventListener("keydown", (event) => {
+    if (event.key in moves) place = place.map((share, k) => share + moves[event.key][k] * model.get("step"));
+    else if (event.key === " " || event.key === "Enter") stroke += 1;
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+    send(event.key in moves ? 0 : stroke);
+  });
+  model.on("change:source change:alt change:label", show);
+  show();
+  el.appendChild(picture);
+}
+export default { render };
+"""
+
+
+class Surface(anywidget.AnyWidget):
+    """A picture and where it was touched last.
+
+    source   the picture's address (sketch.source makes one of PNG bytes)
+    alt      what is to be seen now, for screen readers
+    label    what it is and what the keys do, for screen readers
+    step     how far an arrow key goes, as a share of the picture
+    touch    [x, y, stroke]: shares of width and height in [0, 1), and the number of the stroke, 0 for an arrow key
+    """
+
+    _esm = _PAGE
+    source = traitlets.Unicode().tag(sync=True)
+    alt = traitlets.Unicode().tag(sync=True)
+    label = traitlets.Unicode().tag(sync=True)
+    step = traitlets.Float(0.05).tag(sync=True)
+    touch = traitlets.List(traitlets.Float(), default_value=[0.5, 0.5, 0.0]).tag(sync=True)

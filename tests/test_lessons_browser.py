@@ -1,0 +1,85 @@
+"""Every lesson as a reader works through it: opened in JupyterLab in a real browser, all cells run, every live control moved."""
+
+import base64
+import shutil
+from pathlib import Path
+
+import pytest
+from browsing import drag, jupyter_lab, open_notebook, pixels, run_all, start_all, until
+from test_batch import write_notebook
+
+LESSONS = sorted((Path(__file__).parents[1] / "notebooks").glob("0*.ipynb"))
+LONG = """from cmlab.recipes import get_recipe
+from cmlab.widgets import train_live
+
+record, losses = train_live(get_recipe("moons-edm").replace(iterations=10**6, batch=16))"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab over copies of the lessons, at the CI size, and a notebook that trains for hours."""
+    root = tmp_path_factory.mktemp("lessons")
+    for lesson in LESSONS:
+        shutil.copy(lesson, root)
+    write_notebook(root / "long.ipynb", LONG, "print('kept after', len(losses), 'steps:', type(record.model).__name__)")
+    with jupyter_lab(root, tmp_path_factory.mktemp("jupyter"), CMLAB_FAST="1") as address:
+        yield address
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_every_live_control_of_a_lesson_redraws_its_picture(lesson, lab, open_page):
+    page = open_notebook(open_page, lab, lesson.name)
+    run_all(page, seconds=300)
+    widgets = page.locator(".jp-OutputArea-output:has(.widget-slider)")
+    assert widgets.count() >= 1
+    for k in range(widgets.count()):
+        widget = widgets.nth(k)
+        sliders, surfaces = widget.locator(".widget-slider"), widget.locator(".cmlab-surface")
+        for j in range(sliders.count()):
+            changes(page, widget, lambda: drag(page, sliders.nth(j), far_end(sliders.nth(j))))  # noqa: B023
+        for j in range(surfaces.count()):
+            changes(page, widget, lambda: stroke(page, surfaces.nth(j)))  # noqa: B023
+            changes(page, widget, lambda: [surfaces.nth(j).press(key) for key in ("ArrowLeft", "ArrowUp", " ")])  # noqa: B023
+        assert all(len(alt.split()) >= 4 for alt in widget.locator("img").evaluate_all("all => all.map(i => i.alt)"))
+    assert page.outside == []
+
+
+def pictures(widget) -> list:
+    """The pixels of a widget's pictures: another address of the same picture is no change."""
+    sources = widget.locator("img").evaluate_all("all => all.map(i => i.src)")
+    return [pixels(base64.b64decode(source.split(",")[1])).tobytes() for source in sources]
+
+
+def changes(page, widget, act) -> None:
+    before = pictures(widget)
+    act()
+    until(page, lambda: pictures(widget) != before, "a control was moved and the picture stayed as it was", seconds=20)
+
+
+def far_end(slider) -> float:
+    """The share of a slider's track that is farther from its handle."""
+    handle, track = slider.locator(".noUi-handle").bounding_box(), slider.locator(".noUi-base").bounding_box()
+    at = (handle["x"] + handle["width"] / 2 - track["x"]) / track["width"]
+    return 0.12 if at > 0.5 else 0.88
+
+
+def stroke(page, surface) -> None:
+    """A short line with the mouse, in the picture's lower left."""
+    surface.scroll_into_view_if_needed()
+    box = surface.bounding_box()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.7 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.75 * box["height"], steps=5)
+    page.mouse.up()
+
+
+def test_the_stop_button_ends_a_training_that_runs_and_keeps_its_model(lab, open_page):
+    page = open_notebook(open_page, lab, "long.ipynb")
+    start_all(page)
+    page.get_by_text("Step ").first.wait_for(timeout=60_000)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_text("kept after").last.wait_for(timeout=60_000)
+    assert (
+        page.get_by_text("steps: Denoiser").is_visible()
+        and page.get_by_text("Stopped; the model is kept.").is_visible()
+    )
