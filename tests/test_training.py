@@ -364,3 +364,8 @@ def test_bfloat16_is_left_alone_on_a_cpu_that_would_emulate_it(monkeypatch, has,
     with mock.patch("torch.autocast", wraps=torch.autocast) as autocast:
         next(train(SMALL.replace(precision="bf16")))
     assert {call.kwargs["enabled"] for call in autocast.call_args_list} == {used}
+
+
+def test_looks_are_at_least_a_step_apart():
+    with pytest.raises(ValueError, match="look_every must be at least 1, got 0"):
+        next(train(SMALL, look_every=0))
