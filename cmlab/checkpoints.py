@@ -59,17 +59,13 @@ def save(
 def export(model: ConsistencyModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Writes a consistency model as diffusers keeps it (ConsistencyModelPipeline.from_pretrained reads it); returns the path.
 
-    Atomic, as save. Raises ValueError for a model that the pipeline cannot hold: a diffusion model, another sigma_data than
-    0.5, a network other than a UNet with resblock_updown and num_head_channels; OSError as save.
+    Atomic, as save. Raises ValueError for a model that the pipeline cannot hold: a diffusion model, a network
+    other than a UNet with resblock_updown and num_head_channels; OSError as save.
     """
     if type(model) is not ConsistencyModel:
         raise ValueError(f"the pipeline holds consistency models, got a {type(model).__name__}")
-    if model.sigma_data != interop.SIGMA_DATA:
-        raise ValueError(
-            f"the pipeline's scheduler knows sigma_data = {interop.SIGMA_DATA} only, got {model.sigma_data}"
-        )
     network = model.net.config
-    files = interop.describe(network, model.sigma_min, model.sigma_max)
+    files = interop.describe(network, {name: getattr(model, name) for name in SCALINGS})
     weights = interop.weights_to_diffusers(network, _weights_of(model, dtype))
     return _write(Path(folder).absolute(), files | {f"unet/{interop.WEIGHTS}": weights})
 

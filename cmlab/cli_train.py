@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,7 +44,7 @@ def data(
     from cmlab.raw import RAW, fetch_and_prepare
 
     if source in RAW:
-        alone(source, size=size, output=output, flip=flip)
+        alone(source, size=size, output=output, flip=flip, colour=colour == "grey", split=split != "train")
         prepared = fetch_and_prepare(source, workers)
     elif size is None:
         raise ValueError("give the --size of the pictures in pixels")
@@ -66,6 +67,7 @@ def train(
     iterations: int | None = None,
     batch: int | None = None,
     lr: float | None = None,
+    sigma_data: float | None = None,
     micro_batches: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
     checkpointing: bool = False,
@@ -94,6 +96,8 @@ def train(
         iterations: Training steps, instead of the recipe's.
         batch: Images a step, over all processes, instead of the recipe's.
         lr: The learning rate, instead of the recipe's.
+        sigma_data: Standard deviation of the pixels, which scalings and loss weights assume, instead of the data set's: 0.5 for prepared
+            ones.
         micro_batches: In how many parts a batch is computed: more need less memory.
         precision: Of the networks' arithmetic, instead of the recipe's.
         checkpointing: Compute activations twice to keep fewer in memory.
@@ -115,28 +119,20 @@ def train(
     from cmlab.data import load_data
     from cmlab.recipes import fitted, get_recipe
 
-    if recipe in ("digits-classifier", "tinted-digits-classifier"):
-        alone(
-            recipe,
-            data=data,
-            teacher=teacher,
-            iterations=iterations,
-            batch=batch,
-            lr=lr,
-            seed=seed,
-            resume=resume,
-            device=device,
-            parallel=parallel == "fsdp",
-        )
-        return _train_classifier(recipe, output)
-    given = dict(
-        iterations=iterations, batch=batch, lr=lr, micro_batches=micro_batches, precision=precision,
+    changes = dict(
+        iterations=iterations, batch=batch, lr=lr, sigma_data=sigma_data, micro_batches=micro_batches, precision=precision,
         checkpointing=checkpointing or None,
     )  # fmt: skip
+    if recipe in ("digits-classifier", "tinted-digits-classifier"):
+        others = dict(
+            data=data, teacher=teacher, seed=seed, resume=resume, device=device, look_every=look_every, metrics=metrics
+        )
+        alone(recipe, **changes, **others, parallel=parallel == "fsdp", dry_run=dry_run, smoke=smoke)
+        return _train_classifier(recipe, output)
     plan = get_recipe(recipe)
     if data is not None or teacher is not None:
         plan = fitted(plan, load_data(data or plan.data), teacher)
-    plan = plan.replace(**{name: value for name, value in given.items() if value is not None})
+    plan = plan.replace(**{name: value for name, value in changes.items() if value is not None})
     if dry_run:
         return _print_plan(plan, parallel)
     options = dict(
@@ -149,11 +145,12 @@ def train(
 
 
 def _print_plan(plan, parallel: str) -> int:
-    from cmlab.jobs import ranks
+    from cmlab.jobs import is_main, ranks
     from cmlab.planning import report
 
     for line in report(plan, ranks(), parallel):
-        print(line)
+        if is_main():
+            print(line)
     return 0
 
 
@@ -179,7 +176,7 @@ def _train(recipe: str, plan, output: Path | None, resume: str | None, options: 
     try:
         model = jobs.run(plan, folder, "auto" if resume == "auto" else resume is not None, **options)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}\ngo on with: cmlab {' '.join(_resumed(sys.argv[1:], folder))}") from None
+        raise Interrupted(f"{stop}\ngo on with: cmlab {shlex.join(_resumed(sys.argv[1:], folder))}") from None
     if jobs.is_main():
         print(f"model: {model.resolve()}\nsample from it with: cmlab sample {model}")
     return 0
@@ -189,7 +186,7 @@ def _resumed(arguments: list[str], folder: Path) -> list[str]:
     """The command line that goes on in a folder: the given one, with --resume in the place of where it wrote."""
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument not in ("--output", "--resume"):
+        if not skip and argument.split("=")[0] not in ("--output", "--resume"):
             kept.append(argument)
         skip = argument in ("--output", "--resume")
     return [*kept, "--resume", str(folder)]

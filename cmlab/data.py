@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmlab.checks import known, same_shape, whole
+from cmlab.prepare import FACTS
 from cmlab.prepared import Prepared, data_folder
 from cmlab.streams import randint
 
@@ -66,9 +67,10 @@ def load_data(name: str) -> Data | Prepared:
     """
     if name in _LOADERS:
         return _LOADERS[name]()
-    for folder in (Path(name), data_folder() / name):
-        if folder.is_dir():
-            return Prepared(folder, name)
+    if (data_folder() / name / FACTS).is_file():
+        return Prepared(data_folder() / name, name)
+    if Path(name).is_dir():
+        return Prepared(name, str(Path(name).absolute()))  # a name that a run can be resumed by from anywhere
     if name in BIG:
         raise ValueError(f"{name} is not in {data_folder()} yet: {BIG[name]} fetches and prepares it")
     known("data set", name, [*_LOADERS, *BIG])

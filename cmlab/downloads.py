@@ -84,6 +84,8 @@ def _fetch(url: str, path: Path, progress: bool) -> None:
             return _stream(url, path, progress)
         except urllib.error.HTTPError as error:
             if error.code == 416:  # the part is not shorter than the file
+                if error.headers.get("Content-Range") == f"bytes */{before}":
+                    return None  # it is the whole file
                 _part(path).unlink()
             elif error.code < 500 and error.code not in (408, 429):
                 raise DownloadError(f"{url} answered {error.code} {error.reason}") from error

@@ -20,7 +20,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = (WEIGHTS, "diffusion_pytorch_model.bin")
 PIPELINE, SCHEDULER, NETWORK = "ConsistencyModelPipeline", "CMStochasticIterativeScheduler", "UNet2DModel"
 VERSION = "0.18.0"  # of diffusers: the first with this pipeline
-SIGMA_DATA = 0.5  # written into the scheduler's code
 
 RESIDUAL = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
@@ -31,16 +30,17 @@ OUTER = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
     "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
 }  # fmt: skip
+SCALINGS = dict(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)  # of the scheduler, where its config leaves them out
 DEFAULTS = dict(
     dropout=0.0, num_class_embeds=None, attn_norm_num_groups=None, downsample_type="conv", upsample_type="conv",
 )  # fmt: skip  # of UNet2DModel, where its config leaves them out
 
 
-def describe(network: dict[str, Any], sigma_min: float, sigma_max: float) -> dict[str, dict]:
-    """The JSON files of a pipeline with this network, by their paths in its folder."""
+def describe(network: dict[str, Any], scalings: dict[str, float]) -> dict[str, dict]:
+    """The JSON files of a pipeline with this network and these sigma_min, sigma_max and sigma_data, by their paths in its folder."""
     scheduler = dict(
-        _class_name=SCHEDULER, _diffusers_version=VERSION, num_train_timesteps=40, sigma_min=sigma_min, sigma_max=sigma_max,
-        sigma_data=SIGMA_DATA, s_noise=1.0, rho=7.0, clip_denoised=True,
+        _class_name=SCHEDULER, _diffusers_version=VERSION, num_train_timesteps=40, **scalings, s_noise=1.0, rho=7.0,
+        clip_denoised=True,
     )  # fmt: skip
     index = dict(_class_name=PIPELINE, _diffusers_version=VERSION)
     index |= {"scheduler": ["diffusers", SCHEDULER], "unet": ["diffusers", NETWORK]}
@@ -60,7 +60,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, float], dict[str, Tens
             raise ValueError(f"{folder} is not whole: {part} is missing")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     network = unet_from_diffusers(read_json(folder / "unet" / "config.json"))
-    scalings = {"sigma_data": SIGMA_DATA} | {key: scheduler[key] for key in ("sigma_min", "sigma_max")}
+    scalings = {key: scheduler.get(key, default) for key, default in SCALINGS.items()}
     path = next((p for name in FILES if (p := folder / "unet" / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} is not whole: unet/{WEIGHTS} is missing")

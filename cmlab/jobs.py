@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from cmlab import drawing, metrics, pictures, training
 from cmlab.batch import Interrupted, free_name, usable_folder
 from cmlab.checks import alone, known
-from cmlab.data import Data
+from cmlab.data import load_data
 from cmlab.recipes import Recipe
 from cmlab.training import Record
 
@@ -125,17 +125,15 @@ def _trackers(folder: Path, name: str) -> Iterable:
 
 
 def measure(model, samples: int) -> dict[str, float]:
-    """FD and the other metrics of so many samples against the first so many training images of the model's data set."""
-    import torch
-
-    from cmlab.data import load_data
-
+    """FD and the other metrics of so many samples against as many random training images of the model's data set, always the same."""
     data = load_data(model.info["data"])
-    index = torch.arange(min(samples, data.count))
-    real = data.images[index] if isinstance(data, Data) else data.batch(index, torch.Generator().manual_seed(0))[0]
     images, labels = drawing.draw(model, samples)
     extractor = EXTRACTORS.get(data.name, "inception")
     device = str(next(model.parameters()).device)
     return metrics.evaluate(
-        images.split(500), real.split(500), extractor, None if extractor == "inception" else labels, device=device
+        images.split(500),
+        pictures.some_of(data, samples),
+        extractor,
+        None if extractor == "inception" else labels,
+        device=device,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -19,12 +21,14 @@ from cmlab.checks import known
 from cmlab.scaling import Denoiser
 
 PARALLEL = ["ddp", "fsdp"]
+PATIENCE = timedelta(hours=3)  # the others wait while the first process draws and measures samples
 
 
 def accelerator_on(device: str | None) -> Accelerator:
     """accelerate's side of a run. The first one in a process decides on the device: raises ValueError for another."""
     try:
-        accelerator = Accelerator(cpu=device == "cpu")
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
         own, asked = accelerator.device, torch.device(device or accelerator.device)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"device {device!r} cannot be had: {error}") from error

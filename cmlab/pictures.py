@@ -18,6 +18,7 @@ from cmlab.data import Data, load_data
 from cmlab.drawing import STRIDE, levels_for
 from cmlab.files import write_file
 from cmlab.noise import karras_sigmas
+from cmlab.prepared import Prepared
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.sources import picture
 from cmlab.streams import Streams
@@ -177,9 +178,9 @@ def target(path: Path, suffix: str) -> Path:
 
 
 def save_sheet(path: Path, images: Tensor, columns: int = 10) -> None:
-    """Writes images (N, C, H, W) in [-1, 1] as one .png, enlarged so that a picture is 64 pixels or more a side."""
+    """Writes images (N, C, H, W) in [-1, 1] as one .png, enlarged by a whole number, so that a picture is 64 pixels or more a side."""
     sheet = Image.fromarray(plots.tile(images, columns).squeeze())
-    scale = max(1, 64 // images.shape[-1])
+    scale = -(-64 // images.shape[-1])
     sheet = sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
     write_file(path, lambda file: sheet.save(file, "PNG"))
 
@@ -219,4 +220,17 @@ def read_reference(name: str) -> tuple[Iterable[Tensor], tuple[Tensor, Tensor] |
     data, _, part = name.partition(":")
     known("part of a data set", part, ["", "held-out"])
     loaded = load_data(data)
-    return (loaded.held_out if part else loaded.images).split(1000), None
+    if not part:
+        return some_of(loaded, loaded.count), None
+    if not isinstance(loaded, Data):
+        raise ValueError(
+            f"{name} is not there: of {data} nothing was held back; name it without :held-out, or another data set"
+        )
+    return loaded.held_out.split(1000), None
+
+
+def some_of(data: Data | Prepared, count: int) -> Iterator[Tensor]:
+    """count random training images of a data set (all, if it has fewer), in batches (B, C, H, W); always the same ones."""
+    order = torch.randperm(data.count, generator=torch.Generator().manual_seed(0))[:count]
+    for index in order.split(1000):
+        yield data.images[index] if isinstance(data, Data) else data.batch(index, torch.Generator().manual_seed(0))[0]

@@ -21,6 +21,7 @@ from cmlab.objectives import EDM, ConsistencyDistillation, ProgressiveDistillati
 from cmlab.parallel import PARALLEL
 from cmlab.prepare import prepare
 from cmlab.recipes import PRECISIONS, Recipe
+from cmlab.run import parts_of
 from cmlab.scaling import Denoiser
 from cmlab.streams import seeded
 from cmlab.training import train
@@ -105,7 +106,11 @@ def matmul_flops(seconds: float = 0.5) -> float:
 
 
 def images_per_second(
-    recipe: Recipe, data: Data | Prepared | None = None, teacher: Callable | None = None, seconds: float = 3.0
+    recipe: Recipe,
+    data: Data | Prepared | None = None,
+    teacher: Callable | None = None,
+    seconds: float = 3.0,
+    device: str | None = None,
 ) -> float:
     """Training images a second on this machine, measured: real steps of the recipe, for so long after two to warm up.
 
@@ -113,14 +118,18 @@ def images_per_second(
     """
     positive("seconds", seconds)
     part = recipe.batch // recipe.micro_batches
-    steps = train(recipe.replace(batch=part, micro_batches=1, iterations=10**9), data, teacher)
+    steps = train(recipe.replace(batch=part, micro_batches=1, iterations=10**9), data, teacher, device)
     begun = [next(steps) for _ in range(2)][-1].seconds
     done = next(record for record in steps if record.seconds > begun + seconds)
     return (done.step - 2) * part / (done.seconds - begun)
 
 
 def report(recipe: Recipe, ranks: int = 1, parallel: str = "ddp") -> Iterator[str]:
-    """The plan of a training over so many processes, line by line: resolved config, size, memory, cost."""
+    """The plan of a training over so many processes, line by line: resolved config, size, memory, cost (without that of LPIPS).
+
+    Raises ValueError where its batch cannot be shared out over them.
+    """
+    parts_of(recipe, 0, ranks)  # found out now, not when all processes have started
     yield json.dumps(recipe.describe(), indent=1, ensure_ascii=False)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build(recipe.network).parameters())

@@ -20,6 +20,8 @@ SIGMA_DATA = 0.5  # of photographs in [-1, 1], as in EDM and CM
 class Prepared:
     """A prepared data set, with what training asks of one: name, shape, count, num_classes, sigma_data, choose and batch.
 
+    Without a name its whole path is its name, by which a saved model or state finds it again.
+
     Raises ValueError for a folder that holds none, or one whose preparation was not finished.
     """
 
@@ -37,7 +39,7 @@ class Prepared:
                 )
             )
         self.facts = json.loads(path.read_text())
-        self.name, self.count, self.sigma_data = name or self.folder.name, self.facts["count"], SIGMA_DATA
+        self.name, self.count, self.sigma_data = name or str(self.folder), self.facts["count"], SIGMA_DATA
         self.num_classes = len(self.facts["classes"]) or None
         self.shape = (len(MODES[self.facts["colour"]]), self.facts["size"], self.facts["size"])
 
@@ -72,5 +74,8 @@ def data_folder() -> Path:
     """Where prepared data sets are kept: CMLAB_DATA, or the repository's datasets/, or ~/.cache/cmlab/datasets."""
     if "CMLAB_DATA" in os.environ:
         return Path(os.environ["CMLAB_DATA"]).expanduser().absolute()
-    beside = Path(__file__).parents[1] / "datasets"
-    return beside if beside.is_dir() else Path.home() / ".cache" / "cmlab" / "datasets"
+    home = Path(__file__).parents[1]
+    in_repository = (
+        home / "pyproject.toml"
+    ).is_file()  # where the package is installed, another one called datasets lies there
+    return home / "datasets" if in_repository else Path.home() / ".cache" / "cmlab" / "datasets"

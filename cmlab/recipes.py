@@ -20,7 +20,7 @@ from cmlab.objectives import (
     Objective,
     ProgressiveDistillation,
 )
-from cmlab.released import IMAGENET64, LSUN256, RELEASED
+from cmlab.released import RELEASED
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Recipe:
             k: v if isinstance(v, (int, float, str, type(None))) else getattr(v, "__name__", repr(v))
             for k, v in vars(self.objective).items()
         }
-        return fields | {"betas": list(self.betas)}
+        return fields | {"betas": list(self.betas), "clip": self.clip if math.isfinite(self.clip) else None}
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,7 +215,7 @@ _COST = "64 A100 GPUs in the paper; cmlab train … --dry-run estimates yours"
 def _published(data: str) -> list[Recipe]:
     """The four trainings of one data set, by the released commands (scripts/launch.sh of consistency_models at e32b69e)."""
     small, teacher = data == "imagenet64", f"edm_{data}"
-    network = dict(name="unet", **(IMAGENET64 if small else LSUN256))
+    network = dict(name="unet", **RELEASED[teacher].architecture)
     shared = dict(data=data, network=network, **_PUBLISHED)
     batch, ema = (2048, _PUBLISHED_EMA) if small else (256, _LSUN_EMA)
     parts = dict(batch=batch, micro_batches=batch // (32 if small else 4), ema=ema)

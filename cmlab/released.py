@@ -63,11 +63,6 @@ class Released:
         return IMAGENET64 if self.data == "imagenet64" else LSUN256
 
     @property
-    def hub_id(self) -> str | None:
-        """The same weights on the Hugging Face hub, as diffusers' ConsistencyModelPipeline."""
-        return f"openai/diffusers-{self.name}" if self.kind == "consistency" else None
-
-    @property
     def path(self) -> Path:
         """Where the fetched file is."""
         return checkpoints_folder() / self.file

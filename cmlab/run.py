@@ -27,7 +27,7 @@ from cmlab.models import build
 from cmlab.objectives import Objective, ProgressiveDistillation
 from cmlab.parallel import Sharing, accelerator_on, averaging, gathered, load_model, load_optimizer
 from cmlab.recipes import PRECISIONS, Recipe
-from cmlab.scaling import Denoiser
+from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.streams import randn, seeded
 
 LARGEST_SEED = 2**32  # beyond it (seed, step) would not fit into the 64 bits of torch's seeds
@@ -73,7 +73,9 @@ class Run:
         self.sharing = Sharing(parallel, self.accelerator)
         self._assemble(
             self._new_student(),
-            self._own_teacher() if teacher is None else copy.deepcopy(teacher),  # the caller's stays as it is
+            self._checked(
+                self._own_teacher() if teacher is None else copy.deepcopy(teacher)
+            ),  # the caller's stays as it is
             teacher_is_own=False,
         )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == torch.float16)
@@ -104,8 +106,17 @@ class Run:
         with seeded(self.seed):
             student = self._model()
         if self.recipe.init_from:
-            student.net.load_state_dict(checkpoints.load(self.recipe.init_from).net.state_dict())
+            self._start_from(student)
         return student.train()
+
+    def _start_from(self, student: Denoiser) -> None:
+        start = checkpoints.load(self.recipe.init_from)
+        try:
+            student.net.load_state_dict(start.net.state_dict())
+        except RuntimeError:
+            raise ValueError(
+                f"init_from {self.recipe.init_from} has another network than the recipe: {start.net.config}, not {student.net.config}"
+            ) from None
 
     def _model(self) -> Denoiser:
         r = self.recipe
@@ -132,6 +143,11 @@ class Run:
         if self.recipe.teacher is None and self.recipe.objective.needs_teacher:
             raise ValueError(f"recipe {self.recipe.name} distils and names no teacher: give one, train(…, teacher=…)")
         return checkpoints.load(self.recipe.teacher) if self.recipe.teacher else None
+
+    def _checked(self, teacher: Callable | None) -> Callable | None:
+        if isinstance(teacher, ConsistencyModel):
+            raise ValueError("teacher must be a denoiser, whose ODE is walked; got a consistency model, which jumps")
+        return teacher
 
     @property
     def _conditional(self) -> bool:

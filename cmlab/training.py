@@ -60,6 +60,8 @@ def train(
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     whole("save_every", save_every)
+    if look_every is not None:
+        whole("look_every", look_every)
     if folder is not None and resume is False:
         untaken(Path(folder), "state.pt")
     seed = recipe.seed if seed is None else seed

@@ -36,7 +36,10 @@ class Handler(BaseHTTPRequestHandler):
         if wanted and served.ranges and fresh:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
         if start and start >= len(data):
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")

@@ -228,6 +228,12 @@ def test_a_picture_file_is_cut_square_and_scaled(here):
     assert (pixels[:, :4] == -1).all() and (pixels[:, 4:] == 1).all()
 
 
+@pytest.mark.parametrize(("size", "scale"), [(8, 8), (24, 3), (48, 2), (64, 1), (100, 1)])
+def test_a_sheet_is_enlarged_until_a_picture_has_64_pixels_a_side(here, size, scale):
+    pictures.save_sheet(Path("sheet.png"), torch.zeros(1, 3, size, size), columns=1)
+    assert Image.open("sheet.png").size == (size * scale, size * scale)
+
+
 def test_masks_fill_in_the_region_they_name(here):
     assert pictures.read_mask("left", 4, 4).tolist() == [[0, 0, 1, 1]] * 4
     assert pictures.read_mask("upper", 4, 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]

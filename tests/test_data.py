@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from cmlab import prepared
 from cmlab.data import load_data, moons, tint
 
 LUMINANCE = torch.tensor([0.2989, 0.5870, 0.1140]).reshape(3, 1, 1)
@@ -58,3 +61,14 @@ def test_unknown_names_are_refused_with_the_nearest():
         load_data("digts")
     with pytest.raises(ValueError, match=r"digits must have shape \(2, 1, 8, 8\), got \(2, 8, 8\)"):
         tint(torch.zeros(2, 8, 8), torch.Generator())
+
+
+def test_an_installed_package_keeps_data_in_the_users_cache_and_not_beside_itself(tmp_path, monkeypatch):
+    """Beside an installed cmlab lies another package called datasets."""
+    monkeypatch.delenv("CMLAB_DATA", raising=False)
+    installed = tmp_path / "site-packages"
+    (installed / "datasets").mkdir(parents=True)
+    monkeypatch.setattr(prepared, "__file__", str(installed / "cmlab" / "prepared.py"))
+    assert prepared.data_folder() == Path.home() / ".cache" / "cmlab" / "datasets"
+    (installed / "pyproject.toml").touch()
+    assert prepared.data_folder() == installed / "datasets", "in the repository it is the repository's"

@@ -55,6 +55,12 @@ def test_a_killed_download_goes_on_where_it_stopped(site, tmp_path):
 def test_a_part_that_is_whole_already_only_gets_its_name(site, tmp_path):
     (tmp_path / "model.pt.part").write_bytes(DATA)
     assert download(f"{site.url}/model.pt", tmp_path / "model.pt", SHA, progress=False).read_bytes() == DATA
+    assert [wanted for _, wanted in site.requests] == [f"bytes={len(DATA)}-"]
+
+
+def test_a_part_that_is_longer_than_the_file_is_fetched_afresh(site, tmp_path):
+    (tmp_path / "model.pt.part").write_bytes(DATA + b"more")
+    assert download(f"{site.url}/model.pt", tmp_path / "model.pt", SHA, progress=False).read_bytes() == DATA
 
 
 def test_a_server_that_cannot_resume_starts_again(site, tmp_path):

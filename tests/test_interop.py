@@ -89,12 +89,24 @@ def test_there_and_back_changes_nothing(tmp_path):
     assert all(torch.equal(v, ours.net.state_dict()[k]) for k, v in again.net.state_dict().items())
 
 
+def test_the_scalings_go_there_and_back_and_default_to_the_schedulers(tmp_path):
+    ours = ConsistencyModel(network(), sigma_data=0.8, sigma_min=0.01, sigma_max=40.0).eval()
+    path = checkpoints.export(ours, tmp_path / "pipeline")
+    again = checkpoints.load(path)
+    assert (again.sigma_data, again.sigma_min, again.sigma_max) == (0.8, 0.01, 40.0)
+    config = path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": interop.SCHEDULER}))
+    again = checkpoints.load(path)
+    assert (again.sigma_data, again.sigma_min, again.sigma_max) == (0.5, 0.002, 80.0)
+
+
 def test_an_id_of_the_hub_is_fetched_from_there(tmp_path, monkeypatch):
-    path = checkpoints.export(model(), tmp_path / "pipeline")
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(name) or str(path))
-    assert isinstance(checkpoints.load("openai/diffusers-cd_imagenet64_l2"), ConsistencyModel)
-    assert asked == ["openai/diffusers-cd_imagenet64_l2"]
+    """The hub is a function here that knows one pipeline: what comes back is that pipeline's model."""
+    ours = model()
+    hub = {"openai/diffusers-cd_imagenet64_l2": str(checkpoints.export(ours, tmp_path / "pipeline"))}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: hub[name])
+    found = checkpoints.load("openai/diffusers-cd_imagenet64_l2")
+    assert all(torch.equal(v, ours.net.state_dict()[k]) for k, v in found.net.state_dict().items())
 
 
 def test_a_hub_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
@@ -108,7 +120,6 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
     ("make", "message"),
     [
         (lambda: Denoiser(network()), "the pipeline holds consistency models, got a Denoiser"),
-        (lambda: ConsistencyModel(network(), sigma_data=0.6), "knows sigma_data = 0.5 only, got 0.6"),
         (lambda: random_model(), "only a UNet with resblock_updown=True"),
         (lambda: model(resblock_updown=False), "only a UNet with resblock_updown=True"),
         (lambda: model(num_head_channels=None, num_heads=2), "the network needs num_head_channels, not num_heads"),

@@ -67,4 +67,5 @@ def test_the_command_that_goes_on_repeats_what_was_asked(tmp_path):
         "--resume",
         "runs/a",
     ]
+    assert _resumed(["train", "x", "--output=a b", "--resume=auto"], "c d") == ["train", "x", "--resume", "c d"]
     assert _resumed([*given[:4], "--resume", "auto"], "b") == ["train", "digits-edm", "--seed", "3", "--resume", "b"]

@@ -1,5 +1,9 @@
 """From a folder of one's own pictures to a trained one-step model: recipes on other data sets, by the library and by the command."""
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,9 +11,11 @@ from cmlab import planning
 from cmlab.checkpoints import load
 from cmlab.cli import main
 from cmlab.data import load_data
-from cmlab.pictures import read_picture
+from cmlab.models import build
+from cmlab.pictures import read_picture, some_of
 from cmlab.prepared import Prepared
 from cmlab.recipes import fitted, get_recipe
+from cmlab.training import train
 
 TEACHER = "runs/mine/model"
 
@@ -31,10 +37,13 @@ def test_a_fully_connected_network_takes_the_shape_and_the_classes_of_the_data(s
 
 
 def test_a_unet_takes_the_size_the_channels_and_the_classes_of_the_data(spots):
-    network = fitted(get_recipe("edm-bedroom256"), Prepared(spots)).network
+    network = fitted(get_recipe("edm-imagenet64"), Prepared(spots)).network
     assert (network["image_size"], network["in_channels"], network["out_channels"]) == (16, 3, 3)
-    assert network["num_classes"] == 2, "the published one is unconditional, these pictures have classes"
-    assert fitted(get_recipe("edm-imagenet64"), load_data("digits")).network["in_channels"] == 1
+    assert network["num_classes"] == 2
+    with torch.device("meta"):
+        build(network)  # it exists
+    grey = fitted(get_recipe("edm-bedroom256"), load_data("digits")).network
+    assert (grey["in_channels"], grey["num_classes"]) == (1, 10), "the published one is coloured and unconditional"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +76,7 @@ def test_what_does_not_fit_is_named(name, data, teacher, message):
 
 def test_the_command_trains_a_teacher_and_distils_it_on_a_folder_of_ones_own(spots, capsys):
     brief = ["--data", str(spots), "--iterations", "2", "--batch", "4", "--tracker", "none"]
-    assert main(["train", "tinted-digits-edm", *brief, "--lr", "0.002", "--output", "edm"]) == 0
+    assert main(["train", "tinted-digits-edm", *brief, "--lr", "0.002", "--sigma-data", "0.6", "--output", "edm"]) == 0
     assert main(["train", "tinted-digits-cd", *brief, "--teacher", "edm/model", "--output", "cd"]) == 0
     assert main(["sample", "cd/model", "--num", "3", "--output", "three.npz"]) == 0
     model = load("cd/model")
@@ -76,6 +85,7 @@ def test_the_command_trains_a_teacher_and_distils_it_on_a_folder_of_ones_own(spo
         ValueError, match="held-out:0 is not there: of .*spots nothing was held back; name a picture file"
     ):
         read_picture(model, "held-out:0")
+    assert load("edm/model").sigma_data == 0.6 and model.sigma_data == 0.5
     state = torch.load("edm/state.pt", weights_only=True)["recipe"]
     assert (state["lr"], state["batch"], state["iterations"]) == (0.002, 4, 2)
 
@@ -84,6 +94,46 @@ def test_the_command_tells_what_a_training_on_a_folder_of_ones_own_would_be(spot
     assert main(["train", "edm-imagenet64", "--data", str(spots), "--dry-run"]) == 0
     assert '"image_size": 16' in capsys.readouterr().out
     assert main(["train", "digits-cd", "--data", str(spots), "--teacher", "nowhere/model", "--smoke"]) == 0
+
+
+def test_samples_are_measured_against_prepared_pictures_of_every_class(spots, capsys):
+    """Prepared pictures are sorted by class: the first few would be of one."""
+    data = Prepared(spots)
+    order = torch.cat([batch for batch in some_of(data, data.count)])
+    assert len(order) == 8 and not torch.equal(order, data.batch(torch.arange(8), torch.Generator())[0])
+    assert torch.equal(torch.cat(list(some_of(data, 3))), order[:3])
+    pixels = ((order + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez("samples.npz", arr_0=pixels)
+    assert main(["evaluate", "samples.npz", str(spots)]) == 0
+    assert re.search(r"^fd +-?0\.0000", capsys.readouterr().out, re.M), "against themselves"
+    assert main(["evaluate", "samples.npz", f"{spots}:held-out"]) != 0
+    assert "nothing was held back" in capsys.readouterr().err
+
+
+def test_a_folder_is_known_by_its_whole_path_and_never_hides_a_prepared_name(spots, tmp_path, monkeypatch):
+    monkeypatch.setenv("CMLAB_DATA", str(tmp_path))
+    Path("spots").mkdir()  # an unrelated folder of that name, here
+    assert load_data("spots").count == 8
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMLAB_DATA", str(tmp_path / "elsewhere"))
+    assert load_data("spots").name == load_data(str(spots)).name == str(spots)
+
+
+def test_a_start_or_a_teacher_of_another_kind_is_named(spots):
+    brief = fitted(get_recipe("tinted-digits-cd"), Prepared(spots), "tinted-digits-edm").replace(batch=4, iterations=1)
+    with pytest.raises(ValueError, match="init_from tinted-digits-edm has another network than the recipe"):
+        next(train(brief))
+    with pytest.raises(ValueError, match="teacher must be a denoiser, whose ODE is walked; got a consistency model"):
+        next(train(get_recipe("digits-cd"), teacher=load("digits-cd")))
+
+
+def test_options_without_effect_are_refused(capsys):
+    for arguments, names in (
+        (["train", "digits-classifier", "--dry-run", "--precision", "fp32"], "precision, dry_run"),
+        (["data", "prepare", "cat256", "--colour", "grey", "--split", "x"], "colour, split"),
+    ):
+        assert main(arguments) != 0
+        assert f"leave out {names}" in capsys.readouterr().err
 
 
 def test_the_command_refuses_a_folder_that_holds_no_prepared_pictures(tmp_path, capsys):

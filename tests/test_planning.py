@@ -105,13 +105,24 @@ def test_a_time_is_told_in_the_largest_unit_of_which_it_holds_two(seconds, text)
     assert planning.duration(seconds) == text
 
 
+def test_a_plan_is_told_once_and_only_for_processes_that_can_share_the_batch(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "edm-bedroom256", "--dry-run"]) == 0 and capsys.readouterr().out == "", (
+        "the first process tells it"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert main(["train", "edm-bedroom256", "--dry-run"]) != 0
+    assert "batch 256 in 64 micro-batches cannot be shared out over 6 processes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_plan(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", name, "--dry-run"]) == 0
     out = capsys.readouterr().out
     config, _, rest = out.partition("\n}\n")
-    assert json.loads(config + "\n}")["name"] == name
+    assert json.loads(config + "\n}", parse_constant=pytest.fail)["name"] == name  # JSON knows no Infinity
     assert all(word in rest for word in ("parameters ", "memory ", "work ", "cost ")) and not list(tmp_path.iterdir())
     assert ("note " in rest) == (name in PUBLISHED and bool(get_recipe(name).note))
 

@@ -377,3 +377,8 @@ def test_a_run_that_is_told_to_stop_keeps_its_model_and_can_go_on(tmp_path):
     *_, whole = train(recipe)
     assert end.step == 8
     assert all(torch.equal(a, b) for a, b in zip(end.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_looks_are_at_least_a_step_apart():
+    with pytest.raises(ValueError, match="look_every must be at least 1, got 0"):
+        next(train(SMALL, look_every=0))
