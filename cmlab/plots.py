@@ -40,10 +40,11 @@ def style() -> None:
 
 
 def show(figure, caption: str) -> None:
-    """Displays a figure in a notebook with its caption: what to see in it. The caption is the picture's alternative text too."""
+    """Displays a figure, or PNG bytes, in a notebook with its caption: what to see in it, and the picture's alternative text too."""
     from IPython.display import Image, display
 
-    display(Image(png(figure), alt=caption, metadata={"alt": caption}))
+    data = figure if isinstance(figure, bytes) else png(figure)
+    display(Image(data, alt=caption, metadata={"alt": caption}))
     print(f"Figure: {caption}")
 
 

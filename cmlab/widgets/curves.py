@@ -8,6 +8,7 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
 from cmlab.plots import ACCENT, PALETTE, tile
@@ -15,7 +16,7 @@ from cmlab.widgets.explore import explore
 from cmlab.widgets.sketch import Sketch
 
 EDGES = np.linspace(-3, 2, 31)  # of the histogram of noise levels, log10
-DRAWN = 800  # pairs of levels
+DRAWN, HIGHEST = 800, 250  # pairs of levels; the histogram's upper end, which a coarse grid's bars pass
 
 
 class CurriculumViewer(ipywidgets.VBox):
@@ -49,11 +50,16 @@ class CurriculumViewer(ipywidgets.VBox):
         for ax, name in ((ax_n, "levels $N(k)$"), (ax_mu, r"decay $\mu(k)$")):
             ax.set(xlabel="share of training $k/K$", title=name)
             self._marks.append(ax.axvline(0, color="black", lw=1, ls=":"))
-        ax_n.set_yscale("log")
+        ax_n.set_yscale("log", base=2)
+        ax_n.yaxis.set_major_formatter(ScalarFormatter())
         ax_mu.set_ylim(-0.03, 1.03)
-        ax_n.legend(fontsize=7)
-        self._ax.set(xlabel=r"$\log_{10}$ of the upper level", title=f"of {DRAWN} pairs", ylim=(0, DRAWN / 2))
+        self._ax.set(xlabel=r"$\log_{10}$ of the upper level", title=f"of {DRAWN} pairs", ylim=(0, HIGHEST))
+        self._ax.legend(fontsize=7, loc="upper left")
         return Sketch(figure, [*self._marks, *self._hist.values()])
+
+    def picture(self) -> bytes:
+        """What is shown now, as PNG bytes."""
+        return self._sketch.png()
 
     def _draw(self, progress: float) -> tuple[bytes, str]:
         step = min(int(progress * self._total), self._total - 1)
@@ -110,6 +116,10 @@ class QualityExplorer(ipywidgets.VBox):
         self._title = self._sheet.set_title(" ", fontsize=9)
         self._sheet.axis("off")
         return Sketch(figure, [self._mark, self._image, self._title])
+
+    def picture(self) -> bytes:
+        """What is shown now, as PNG bytes."""
+        return self._sketch.png()
 
     @staticmethod
     def _tiled(images: Tensor) -> np.ndarray:

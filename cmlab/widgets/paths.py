@@ -15,7 +15,7 @@ from cmlab.widgets.explore import explore, sentence, status
 from cmlab.widgets.sketch import Sketch, source
 from cmlab.widgets.surface import Surface
 
-SIDE, EDGE = 4.4, 0.1  # inches; the share of the figure that axis labels take, on the left and below
+SIDE, EDGE = 4.6, 0.12  # inches; the share of the figure that axis labels take, on the left and below
 STEPS = 18
 
 
@@ -59,13 +59,17 @@ class OdeExplorer(ipywidgets.VBox):
         }
         (self._jump,) = ax.plot([], [], "X-", lw=0.8, ms=8, color=ACCENT, label="one jump", markevery=[1])
         (self._start,) = ax.plot([], [], "o", ms=6, color="black", label="start")
-        ax.legend(loc="upper left", fontsize=7, frameon=True)
-        return Sketch(figure, [self._cloud, *self._lines.values(), self._jump, self._start])
+        legend = ax.legend(loc="upper left", fontsize=7, frameon=True)
+        return Sketch(figure, [self._cloud, *self._lines.values(), self._jump, self._start, legend])
+
+    def picture(self) -> bytes:
+        """What is shown now, as PNG bytes."""
+        return self._sketch.png()
 
     def _place(self) -> Tensor:
         """What the pointer points at, in the plot's coordinates (1, 2)."""
         x, y, _ = self.surface.touch
-        inside = ((x - EDGE) / (0.99 - EDGE), (0.99 - y) / (0.99 - EDGE))
+        inside = ((x - EDGE) / (0.99 - EDGE), (1 - y - EDGE) / (0.99 - EDGE))  # y is counted from the top
         return torch.tensor([[(2 * min(max(share, 0), 1) - 1) * self._limit for share in inside]])
 
     @torch.no_grad()
@@ -101,7 +105,7 @@ class ConsistencyViewer(ipywidgets.VBox):
     """One trajectory of a denoiser's ODE from noise (1, C, H, W) to an image, and what both models answer along it.
 
     The slider walks it. Above: the noisy image, the denoiser's mean and the consistency model's picture at that level; below the
-    latter at every level, and as a number how far they lie apart (root mean square of pixels).
+    latter at every level, and as a number how far they lie apart: spread, the root mean square of pixels; wander is the denoiser's.
     """
 
     def __init__(self, denoiser, model, noise: Tensor, labels: Tensor | None = None, steps: int = STEPS):
@@ -111,13 +115,15 @@ class ConsistencyViewer(ipywidgets.VBox):
             x, levels = torch.cat([s.x for s in states]), torch.tensor([s.sigma for s in states])
             everywhere = None if labels is None else labels.expand(len(levels))
             f = model(x, levels, everywhere)
+        means = torch.cat([s.denoised for s in states])
         self._levels, self._answers = levels, f
         self._rows = {
-            "noisy image": x / (levels**2 + 1).sqrt().view(-1, 1, 1, 1), "mean D": torch.cat([s.denoised for s in states]),
+            "noisy image": x / (levels**2 + 1).sqrt().view(-1, 1, 1, 1), "mean D": means,
             "answer f": f,
         }  # fmt: skip
         self._apart = (f - f[-1:]).flatten(1).square().mean(1).sqrt()
         self.spread = float((f - f.mean(0, keepdim=True)).square().mean().sqrt())
+        self.wander = float(means.sub(means.mean(0, keepdim=True)).square().mean().sqrt())
         self._sketch = self._draw_still()
         self.level = ipywidgets.IntSlider(value=steps // 3, min=0, max=steps - 1, description="level")
         caption = "A noisy image, the denoiser's mean and the consistency model's answer along one trajectory."
@@ -138,6 +144,10 @@ class ConsistencyViewer(ipywidgets.VBox):
         width, height = self._answers.shape[-1], self._answers.shape[-2]
         self._frame = strip.add_patch(plt.Rectangle((0, -0.5), width, height, fill=False, ec=ACCENT, lw=2))
         return Sketch(figure, [*self._images, self._titles[0], self._frame])
+
+    def picture(self) -> bytes:
+        """What is shown now, as PNG bytes."""
+        return self._sketch.png()
 
     def _draw(self, level: int) -> tuple[bytes, str]:
         sigma = float(self._levels[level])

@@ -54,6 +54,15 @@ class MaskPainter(ipywidgets.VBox):
         self.clear.on_click(self._cleared)
         self._redraw()
 
+    def paint(self, top: int, bottom: int, left: int, right: int) -> None:
+        """Paints over the rows top … bottom - 1 and the columns left … right - 1."""
+        self.mask[top:bottom, left:right] = 0
+        self._redraw()
+
+    def picture(self) -> bytes:
+        """The painted picture and its repairs in a row, as PNG bytes."""
+        return enlarged(torch.cat([self._seen, self._repaired]), ZOOM // 2)
+
     def _cleared(self, button=None) -> None:
         self.mask.fill_(1)
         self._redraw()
@@ -88,11 +97,12 @@ class MaskPainter(ipywidgets.VBox):
         differ = float((repairs - repairs.mean(0)).square().mean().sqrt())
         text = f"{hidden:.0%} painted over; {self._repairs} repairs with {calls} network calls each, which differ by {differ:.2f}."
         self.surface.set_trait("alt", f"The picture, {hidden:.0%} of it painted over.")
-        self.surface.source = source(enlarged(self._seen(measured), ZOOM))
+        self._seen, self._repaired = self._masked(measured), repairs
+        self.surface.source = source(enlarged(self._seen, ZOOM))
         self.repaired.value = image(enlarged(repairs, ZOOM // 2, columns=3), text)
         self.said.value = status(text)
 
-    def _seen(self, measured: Tensor) -> Tensor:
+    def _masked(self, measured: Tensor) -> Tensor:
         """What the model is told, in colours, the unknown in mid-grey, with the brush as a brighter pixel."""
         seen = torch.where(self.mask == 1, measured, torch.zeros(()))
         _, row, column = self._last
@@ -131,6 +141,10 @@ class SamplerPlayground(ipywidgets.VBox):
         self.seed = ipywidgets.IntSlider(value=seed, min=0, max=max(50, seed), description="seed")
         controls = dict(name=self.model, steps=self.steps, level=self.level, seed=self.seed)
         super().__init__([explore(self._draw, "Samples of the chosen model.", **controls)])
+
+    def picture(self) -> bytes:
+        """What is shown now, as PNG bytes."""
+        return self._draw(self.model.value, self.steps.value, self.level.value, self.seed.value)[0]
 
     @torch.no_grad()
     def _draw(self, name: str, steps: int, level: float, seed: int) -> tuple[bytes, str]:
