@@ -135,8 +135,18 @@ class Hub(Listed):
     def items(self) -> list[Item]:
         """Every row."""
         rows, names = self._load(), self.classes([])
-        labels = [names[k] for k in rows[self._column("ClassLabel")]] if names else [None] * len(rows)
-        return [Item(str(k), value, k) for k, value in enumerate(labels)]
+        if not names:
+            return [Item(str(k), None, k) for k in range(len(rows))]
+        labels = rows[self._column("ClassLabel")]
+        return [Item(str(k), self._class(names, k, label), k) for k, label in enumerate(labels)]
+
+    def _class(self, names: list[str], row: int, label: int | None) -> str:
+        if label is None or not 0 <= label < len(names):
+            raise ValueError(
+                f"row {row} of the split {self.split!r} of {self.name} has the label {label}, not one of 0 … {len(names) - 1}: "
+                "the split is unlabelled; choose another"
+            )
+        return names[label]
 
     def classes(self, items: list[Item]) -> list[str]:
         """The names that the data set gives its classes, in its own order."""

@@ -118,6 +118,15 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert labels.tolist() == [1, 0, 1, 0] and Prepared(folder).facts["classes"] == ["b", "a"]
 
 
+@pytest.mark.parametrize("label", [-1, None])
+def test_an_unlabelled_split_of_the_hub_is_refused(label, tmp_path):
+    rows = {"image": [Image.fromarray(pixels(k)) for k in range(2)], "label": [1, label]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["b", "a"])})
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "hub")
+    with pytest.raises(ValueError, match=f"row 1 of the split 'test' of .*hub has the label {label}, .* is unlabelled"):
+        prepare(tmp_path / "hub", tmp_path / "out", 8, split="test", workers=1, progress=False)
+
+
 def test_grey_pictures_have_one_channel(pictures, tmp_path):
     data = Prepared(prepare(pictures, tmp_path / "out", 8, colour="grey", workers=1, progress=False))
     assert data.shape == (1, 8, 8) and all_of(data.folder)[0].shape == (4, 1, 8, 8)
