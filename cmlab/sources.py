@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from cmlab.checks import known
+
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class Item(NamedTuple):
@@ -157,13 +161,25 @@ class Hub(Listed):
         if self._rows is None:
             import datasets
 
-            if Path(self.name).is_dir():
-                loaded = datasets.load_from_disk(self.name)
-                rows = loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            else:
-                rows = datasets.load_dataset(self.name, split=self.split)
+            rows = self._saved() if Path(self.name).is_dir() else self._fetched()
             self._rows = rows.cast_column(self._column("Image", rows), datasets.Image(decode=False))
         return self._rows
+
+    def _saved(self):
+        import datasets
+
+        loaded = datasets.load_from_disk(self.name)
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        return loaded[known(f"split of {self.name}", self.split, loaded)]
+
+    def _fetched(self):
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.name, split=self.split)
+        except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+            raise ValueError(f"no such folder here: {self.name}; nor does the hub give it: {error}") from error
 
     def _column(self, kind: str, rows=None) -> str | None:
         rows = self._rows if rows is None else rows
@@ -187,7 +203,7 @@ Source = Folder | Tar | Lmdb | Hub
 def find_source(name: str | Path, split: str = "train") -> Source:
     """What a name stands for: a folder of pictures, of an LMDB or of a saved data set, a .tar, or an id of the hub.
 
-    Raises ValueError for a path that is none of them.
+    Only owner/name, in the characters that the hub allows, is tried as an id. Raises ValueError for a path that is none of them.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -199,7 +215,7 @@ def find_source(name: str | Path, split: str = "train") -> Source:
             return Lmdb(path.absolute())
         saved = any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
         return Hub(str(path.absolute()), split) if saved else Folder(path.absolute())
-    if "/" in str(name) and len(path.parts) == 2 and not path.is_absolute():
+    if HUB_ID.fullmatch(str(name)):
         return Hub(str(name), split)
     raise ValueError(f"no such folder, .tar or hub data set: {name}")
 

@@ -7,6 +7,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import lmdb
 import numpy as np
@@ -118,6 +119,23 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert labels.tolist() == [1, 0, 1, 0] and Prepared(folder).facts["classes"] == ["b", "a"]
 
 
+def test_a_missing_split_is_refused_with_those_there_are(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(pixels(0))]})
+    datasets.DatasetDict({"training": rows, "test": rows}).save_to_disk(tmp_path / "hub")
+    with pytest.raises(ValueError, match="unknown split of .*hub 'train'. .*Known: training, test"):
+        prepare(tmp_path / "hub", tmp_path / "out", 8, workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "error", [datasets.exceptions.DatasetNotFoundError("doesn't exist"), ConnectionError("no line")]
+)
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_told_both(error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
+    with pytest.raises(ValueError, match=f"no such folder here: my/pictures; nor does the hub give it: {error}"):
+        prepare("my/pictures", "out", 8, workers=1, progress=False)
+
+
 @pytest.mark.parametrize("label", [-1, None])
 def test_an_unlabelled_split_of_the_hub_is_refused(label, tmp_path):
     rows = {"image": [Image.fromarray(pixels(k)) for k in range(2)], "label": [1, label]}
@@ -226,10 +244,13 @@ def test_a_prepared_data_set_loads_by_name(pictures, tmp_path, monkeypatch):
         load_data("digit")
 
 
+NO_IDS = ("../nowhere", "./nowhere", ".hidden/nowhere", "~/nowhere", "/no/where", "/nowhere", "no/such/place", "a b/c")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "no such folder, .tar or hub data set: nowhere"),
+        *((name, f"no such folder, .tar or hub data set: {name}") for name in ("nowhere", *NO_IDS)),
         ("file.txt", "file.txt is no source of pictures: give a folder, an LMDB, an uncompressed .tar or a hub id"),
         ("empty", "no pictures in empty"),
         ("cut.tar", "cut.tar is cut off or is no uncompressed tar"),
@@ -238,6 +259,7 @@ def test_a_prepared_data_set_loads_by_name(pictures, tmp_path, monkeypatch):
 )
 def test_bad_sources_are_named(source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     Path("file.txt").write_text("")
     Path("empty").mkdir()
     Path("bad_lmdb").mkdir()
