@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,18 +41,47 @@ class Listed:
         return sorted({item.label for item in items} - {None})
 
 
+def _hidden(path: PurePath) -> bool:
+    """Whether a path lies in what file managers and archivers keep for themselves: .git, ._1.png, __MACOSX."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in path.parts)
+
+
+def _is_picture(path: PurePath) -> bool:
+    return path.suffix.lower() in PICTURES and not _hidden(path)
+
+
+def _classes_of(paths: list[PurePath]) -> list[str | None]:
+    """The class of every picture: its first folder after those that all share. None for all, if none has such a folder.
+
+    Raises ValueError if some have one and some have none.
+    """
+    folders = [path.parts[:-1] for path in paths]
+    shared = len(os.path.commonprefix(folders))  # of the parts
+    labels = [folder[shared] if len(folder) > shared else None for folder in folders]
+    _all_or_none(paths, labels)
+    return labels
+
+
+def _all_or_none(paths: list, labels: list[str | None]) -> None:
+    loose = [path for path, label in zip(paths, labels, strict=True) if label is None]
+    if 0 < len(loose) < len(labels):
+        other = next(path for path, label in zip(paths, labels, strict=True) if label is not None)
+        raise ValueError(
+            f"{loose[0]} lies in no class, while {other} and others do: move it into a folder of its class, or all out of theirs"
+        )
+
+
 @dataclass
 class Folder(Listed):
-    """Picture files below a folder, in the order of their paths. Subfolders, where all files are in some, are the classes."""
+    """Picture files below a folder, in the order of their paths, with the classes that their folders tell (_classes_of)."""
 
     path: Path
 
     def items(self) -> list[Item]:
         """Every picture file."""
-        files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
-        inside = [file.relative_to(self.path) for file in files]
-        classes = bool(inside) and all(len(file.parts) > 1 for file in inside)
-        return [Item(str(file), file.parts[0] if classes else None, str(file)) for file in inside]
+        below = sorted(file.relative_to(self.path) for file in self.path.rglob("*"))
+        files = [file for file in below if _is_picture(file) and (self.path / file).is_file()]
+        return [Item(str(file), label, str(file)) for file, label in zip(files, _classes_of(files), strict=True)]
 
     def read(self, place: str) -> bytes:
         """The bytes of one file."""
@@ -62,7 +92,7 @@ class Folder(Listed):
 class Tar(Listed):
     """Pictures in an uncompressed tar, or in tars inside it (ImageNet's training set: one a class, named by its WordNet id).
 
-    The class is the inner tar's name, or else the folder that a picture is in.
+    The class is the inner tar's name, or else what the folders tell, as in a Folder.
     """
 
     path: Path
@@ -70,20 +100,22 @@ class Tar(Listed):
 
     def items(self) -> list[Item]:
         """Every picture, sorted by name; each with the place of its bytes in the file."""
-        found = sorted(self._walk(self.path.open("rb"), 0, None))
-        classes = all(item.label for item in found)
-        return [item if classes else item._replace(label=None) for item in found]
+        found = sorted(self._walk(self.path.open("rb"), 0, None), key=lambda item: (item.name, item.place))
+        names, labels = [PurePosixPath(item.name) for item in found], [item.label for item in found]
+        if any(labels):
+            _all_or_none(names, labels)
+            return found
+        return [item._replace(label=label) for item, label in zip(found, _classes_of(names), strict=True)]
 
     def _walk(self, file, offset: int, label: str | None) -> Iterator[Item]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    start = offset + member.offset_data
-                    if member.isfile() and member.name.endswith(".tar"):
-                        yield from self._walk(tar.extractfile(member), start, Path(member.name).stem)
-                    elif member.isfile() and Path(member.name).suffix.lower() in PICTURES:
-                        folder = Path(member.name).parent.name
-                        yield Item(member.name, label or folder or None, (start, member.size))
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    start, path = offset + member.offset_data, PurePosixPath(member.name)
+                    if path.suffix == ".tar" and not _hidden(path):
+                        yield from self._walk(tar.extractfile(member), start, path.stem)
+                    elif _is_picture(path):
+                        yield Item(member.name, label, (start, member.size))
         except tarfile.TarError as error:
             raise ValueError(f"{self.path} is cut off or is no uncompressed tar ({error})") from error
 

@@ -19,7 +19,7 @@ import datasets
 from cmlab.data import load_data
 from cmlab.prepare import crop, extract, prepare
 from cmlab.prepared import Prepared
-from cmlab.sources import picture
+from cmlab.sources import Folder, Tar, picture
 
 
 def pixels(k: int, width=20, height=24) -> np.ndarray:
@@ -78,6 +78,60 @@ def test_datasets_reads_what_was_prepared(pictures, tmp_path):
     rows = datasets.load_from_disk(str(prepare(pictures, tmp_path / "out", 8, workers=1, progress=False)))
     assert rows.features["label"].names == ["cats", "dogs"] and rows[3]["image"].size == (8, 8)
     assert rows.cache_files, "memory-mapped from the files, not copied"
+
+
+def in_folder(tmp_path, names) -> Folder:
+    for name in names:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes(b"")
+    return Folder(tmp_path / "tree")
+
+
+def in_tar(tmp_path, names) -> Tar:
+    (tmp_path / "tree.tar").write_bytes(tar_of(dict.fromkeys(names, b"")))
+    return Tar(tmp_path / "tree.tar")
+
+
+@pytest.mark.parametrize("source", [in_folder, in_tar])
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a.png", "b.png"], [None, None]),
+        (["cats/a.png", "cats/b.png"], [None, None]),
+        (["cats/a.png", "dogs/b.png"], ["cats", "dogs"]),
+        (["pets/cats/a.png", "pets/dogs/b.png"], ["cats", "dogs"]),
+        (["pets/cats/kittens/a.png", "pets/cats/old/b.png", "pets/dogs/c.png"], ["cats", "cats", "dogs"]),
+        (["cats/1/a.png", "dogs/1/b.png"], ["cats", "dogs"]),
+    ],
+)
+def test_the_classes_are_the_first_folders_that_not_all_pictures_share(source, names, labels, tmp_path):
+    assert [item.label for item in source(tmp_path, names).items()] == labels
+
+
+@pytest.mark.parametrize("source", [in_folder, in_tar])
+def test_a_picture_beside_the_class_folders_is_refused(source, tmp_path):
+    mixed = source(tmp_path, ["pets/cats/a.png", "pets/loose.png", "pets/dogs/b.png", "pets/more.png"])
+    message = (
+        "pets/loose.png lies in no class, while pets/cats/a.png .*: move it into a folder of its class, or all out"
+    )
+    with pytest.raises(ValueError, match=message):
+        mixed.items()
+
+
+@pytest.mark.parametrize("source", [in_folder, in_tar])
+def test_what_is_hidden_is_no_picture_and_no_class(source, tmp_path):
+    hidden = [".git/a.png", "cats/.thumbnails/a.png", "cats/._a.png", "__MACOSX/cats/a.png"]
+    found = source(tmp_path, [*hidden, "cats/a.png", "dogs/b.png"]).items()
+    assert [(item.name, item.label) for item in found] == [("cats/a.png", "cats"), ("dogs/b.png", "dogs")]
+
+
+def test_the_class_is_the_inner_tars_name_whatever_folders_there_are(tmp_path):
+    inner = {name: tar_of({"x/a.png": b"", "y/b.png": b""}) for name in ("train/n01.tar", "train/._n01.tar")}
+    (tmp_path / "outer.tar").write_bytes(tar_of(inner))
+    assert [(i.name, i.label) for i in Tar(tmp_path / "outer.tar").items()] == [("x/a.png", "n01"), ("y/b.png", "n01")]
+    (tmp_path / "outer.tar").write_bytes(tar_of(inner | {"train/z.png": b""}))
+    with pytest.raises(ValueError, match="train/z.png lies in no class, while x/a.png"):
+        Tar(tmp_path / "outer.tar").items()
 
 
 def test_tars_in_a_tar_are_read_in_place(tmp_path):
