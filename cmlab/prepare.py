@@ -24,6 +24,7 @@ from cmlab.files import write_text
 from cmlab.sources import Item, Source, find_source, picture
 
 FACTS, PLAN = "prepared.json", "plan.json"
+CONTENT = ("pictures", "digest")  # what a plan knows of the pictures themselves
 SHARD = 2000  # pictures: a few seconds to minutes of work
 MODES = {"rgb": "RGB", "grey": "L"}
 
@@ -48,8 +49,8 @@ def prepare(
 
     The folder is what datasets.load_from_disk reads: columns image (PNG) and label, where the source has classes; prepared.json
     names the source, the classes and every picture that was skipped. Stopped, it goes on where it was when called again with the
-    same arguments. Raises ValueError for a source without pictures or that cannot be read, if output holds another data set,
-    if no picture could be read; OSError if output cannot be written.
+    same arguments. Raises ValueError for a source without pictures or that cannot be read, if output holds another data set or the
+    pictures are others than when it was begun, if no picture could be read; OSError if output cannot be written.
     """
     known("colour", colour, MODES)
     output, chosen = Path(output).absolute(), find_source(source, split)
@@ -57,7 +58,7 @@ def prepare(
     items = chosen.items()
     if not items:
         raise ValueError(f"no pictures in {source}")
-    _begin(output, settings | {"pictures": len(items)})
+    _begin(output, settings | dict(source=chosen.address, pictures=len(items), digest=chosen.digest(items)))
     if not (output / FACTS).is_file():
         classes = chosen.classes(items)
         skipped = _convert(chosen, items, output, settings, classes, workers or _cores(), progress)
@@ -68,9 +69,16 @@ def prepare(
 def _begin(output: Path, plan: dict) -> None:
     """Makes the folder, or checks that it holds this very preparation."""
     path = output / PLAN
-    if path.is_file() and json.loads(path.read_text()) != plan:
-        raise ValueError(f"{output} holds another data set ({path.read_text().strip()}); name another output folder")
-    if not path.is_file():
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found != plan and found | {key: plan[key] for key in CONTENT} == plan:
+            raise ValueError(
+                f"the pictures of {plan['source']} have changed since their preparation in {output} began; "
+                "remove that folder, or name another output folder"
+            )
+        if found != plan:
+            raise ValueError(f"{output} holds another data set ({json.dumps(found)}); name another output folder")
+    else:
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} holds other files; name a new folder")
         output.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,9 @@ of a picture file. Archives are read where they are: nothing is unpacked, so no 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import re
 import tarfile
@@ -39,6 +41,22 @@ class Listed:
     def classes(self, items: list[Item]) -> list[str]:
         """The names of the classes, in the order of their numbers; none for a source without."""
         return sorted({item.label for item in items} - {None})
+
+    @property
+    def address(self) -> str:
+        """The source by its full name, the same from wherever it is called: an absolute path without links, or a hub id."""
+        return str(self.path)
+
+    def size(self, place: Any) -> int | None:
+        """How many bytes a picture file has, where that is known without reading it."""
+        return None
+
+    def digest(self, items: list[Item]) -> str:
+        """A SHA-256 that changes with the items: with their order, a name, a class or a size."""
+        running = hashlib.sha256()
+        for item in items:
+            running.update(json.dumps([item.name, item.label, self.size(item.place)]).encode())
+        return running.hexdigest()
 
 
 def _hidden(path: PurePath) -> bool:
@@ -87,6 +105,10 @@ class Folder(Listed):
         """The bytes of one file."""
         return (self.path / place).read_bytes()
 
+    def size(self, place: str) -> int:
+        """The size of one file."""
+        return (self.path / place).stat().st_size
+
 
 @dataclass
 class Tar(Listed):
@@ -125,6 +147,10 @@ class Tar(Listed):
             self._file = self.path.open("rb")
         self._file.seek(place[0])
         return self._file.read(place[1])
+
+    def size(self, place: tuple[int, int]) -> int:
+        """The size of one member."""
+        return place[1]
 
     def __getstate__(self):
         return {"path": self.path, "_file": None}  # every process opens its own
@@ -167,6 +193,11 @@ class Hub(Listed):
     name: str
     split: str = "train"
     _rows: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def address(self) -> str:
+        """The id, or the folder of a saved data set."""
+        return self.name
 
     def items(self) -> list[Item]:
         """Every row."""
@@ -240,13 +271,13 @@ def find_source(name: str | Path, split: str = "train") -> Source:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix == ".tar":
-            return Tar(path.absolute())
+            return Tar(path.resolve())
         raise ValueError(f"{path} is no source of pictures: give a folder, an LMDB, an uncompressed .tar or a hub id")
     if path.is_dir():
         if (path / "data.mdb").is_file():
-            return Lmdb(path.absolute())
+            return Lmdb(path.resolve())
         saved = any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
-        return Hub(str(path.absolute()), split) if saved else Folder(path.absolute())
+        return Hub(str(path.resolve()), split) if saved else Folder(path.resolve())
     if HUB_ID.fullmatch(str(name)):
         return Hub(str(name), split)
     raise ValueError(f"no such folder, .tar or hub data set: {name}")

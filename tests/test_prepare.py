@@ -17,7 +17,7 @@ from PIL import Image
 
 import datasets
 from cmlab.data import load_data
-from cmlab.prepare import crop, extract, prepare
+from cmlab.prepare import FACTS, crop, extract, prepare
 from cmlab.prepared import Prepared
 from cmlab.sources import Folder, Tar, picture
 
@@ -239,6 +239,50 @@ def test_a_second_call_has_nothing_to_do_and_another_plan_is_refused(pictures, t
     (tmp_path / "taken" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="taken holds other files; name a new folder"):
         prepare(pictures, tmp_path / "taken", 8, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_changed_pictures_are_refused_finished_or_not(finished, pictures, tmp_path):
+    def again():
+        prepare(pictures, tmp_path / "out", 8, workers=1, progress=False)
+
+    again()
+    if not finished:
+        for path in [tmp_path / "out" / FACTS, *(tmp_path / "out").glob("data-*")]:
+            path.unlink()
+    first, second = pictures / "cats" / "0.png", pictures / "cats" / "1.png"
+    kept, message = first.read_bytes(), "pictures of .*pictures have changed since .*out began; remove that folder"
+    first.write_bytes(kept + b"another")
+    with pytest.raises(ValueError, match=message):
+        again()
+    first.rename(pictures / "dogs" / "0.png")
+    with pytest.raises(ValueError, match=message):
+        again()
+    (pictures / "dogs" / "0.png").unlink()
+    first.write_bytes(kept)
+    second.rename(pictures / "cats" / "renamed.png")
+    with pytest.raises(ValueError, match=message):
+        again()
+    (pictures / "cats" / "renamed.png").rename(second)
+    again()
+
+
+def test_a_replaced_tar_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of({"a.png": encoded(0)}))
+    prepare(tmp_path / "a.tar", tmp_path / "out", 8, workers=1, progress=False)
+    (tmp_path / "a.tar").write_bytes(tar_of({"a.png": encoded(0, width=30)}))
+    with pytest.raises(ValueError, match="have changed since"):
+        prepare(tmp_path / "a.tar", tmp_path / "out", 8, workers=1, progress=False)
+
+
+def test_a_folder_is_the_same_however_its_path_is_written(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(pictures)
+    folder = prepare("pictures", "out", 8, workers=1, progress=False)
+    for name in (pictures, "./pictures", "pictures/cats/..", "~/pictures", "link"):
+        assert prepare(name, "out", 8, workers=1, progress=False) == folder
+    assert Prepared(folder).facts["source"] == "pictures", "the facts keep it as it was typed"
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path):
