@@ -157,7 +157,7 @@ def crop(image: Image.Image, size: int) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=3)
+    image.save(file, "PNG", compress_level=3, icc_profile=None)  # which would stand in every one of the pictures
     return file.getvalue()
 
 
@@ -173,6 +173,8 @@ def _finish(output: Path, settings: dict, classes: list[str], pictures: int, ski
     from datasets import DatasetInfo
 
     if len(skipped) == pictures:
+        for path in [*output.glob("data-*-of-*"), output / PLAN]:  # the same call may succeed on repaired files
+            path.unlink()
         raise ValueError(f"none of the {pictures} pictures could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     DatasetInfo(features=_features(classes)).write_to_directory(str(output))
     files = [{"filename": path.name} for path in sorted(output.glob("data-*.arrow"))]

@@ -13,7 +13,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import datasets
 from cmlab.data import load_data
@@ -217,6 +217,17 @@ def test_a_source_without_one_good_picture_is_refused(tmp_path):
     (tmp_path / "pictures" / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="none of the 1 pictures could be read; the first: a.png: no picture: "):
         prepare(tmp_path / "pictures", tmp_path / "out", 8, workers=1, progress=False)
+    assert not list((tmp_path / "out").iterdir()), "the same call may succeed on repaired files"
+    (tmp_path / "pictures" / "a.png").write_bytes(encoded(0))
+    assert Prepared(prepare(tmp_path / "pictures", tmp_path / "out", 8, workers=1, progress=False)).count == 1
+
+
+def test_colour_profiles_are_not_copied_into_every_picture(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels(0)).save(tmp_path / "pictures" / "a.png", icc_profile=profile)
+    folder = prepare(tmp_path / "pictures", tmp_path / "out", 8, workers=1, progress=False)
+    assert "icc_profile" not in datasets.load_from_disk(str(folder))[0]["image"].info
 
 
 def test_the_crop_is_adms():
