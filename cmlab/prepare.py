@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -195,7 +196,7 @@ def extract(archive: Path, folder: Path) -> Iterator[str]:
     try:
         members = zipfile.ZipFile(archive).infolist()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is cut off or is no zip ({error})") from error
+        raise ValueError(f"{archive} is cut off or is no zip ({error}); {fetch_again(archive)}") from error
     root = folder.absolute()
     for member in members:
         place = Path(os.path.normpath(root / member.filename))
@@ -213,10 +214,15 @@ def extract(archive: Path, folder: Path) -> Iterator[str]:
             yield member.filename
 
 
+def fetch_again(archive: Path) -> str:
+    """What to do about a bad download: its digest, recorded when it was first fetched, would refuse the good file."""
+    return f"remove it and {archive.with_name(f'{archive.name}.sha256')}, then fetch it again"
+
+
 def _unpack(archive: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo, place: Path) -> None:
     try:
         with file.open(member) as source, open(f"{place}.partial", "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-    except zipfile.BadZipFile as error:  # its checksum
-        raise ValueError(f"{member.filename} in {archive} is damaged ({error}); fetch the archive again") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:  # its checksum, its deflated stream, its end
+        raise ValueError(f"{member.filename} in {archive} is damaged ({error}); {fetch_again(archive)}") from error
     os.replace(f"{place}.partial", place)

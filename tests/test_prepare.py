@@ -1,5 +1,6 @@
 import io
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -445,13 +446,23 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
         list(extract(tmp_path / "a.zip", tmp_path / "out"))
 
 
-def test_a_damaged_zip_is_named(tmp_path):
-    archive = zip_of(tmp_path / "a.zip", {"data": b"some content"})
-    damaged = bytearray(archive.read_bytes())
-    damaged[damaged.index(b"some content")] ^= 1
-    archive.write_bytes(damaged)
-    with pytest.raises(ValueError, match="data in .*a.zip is damaged .*; fetch the archive again"):
+@pytest.mark.parametrize(
+    ("compression", "header", "place", "damage"),
+    [
+        (zipfile.ZIP_STORED, b"PK\3\4", 34, b"some other"),  # behind the member's header: the checksum is wrong
+        (zipfile.ZIP_DEFLATED, b"PK\3\4", 34, b"\xff" * 10),  # a block of type 3, which there is not
+        (zipfile.ZIP_STORED, b"PK\1\2", 20, b"\xff\xff\xff\x7f" * 2),  # in the directory: longer than the file
+    ],
+)
+def test_a_damaged_zip_is_named_with_all_that_must_go(compression, header, place, damage, tmp_path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", compression) as file:
+        file.writestr("data", random.Random(0).randbytes(20) * 50)
+    whole = archive.read_bytes()
+    start = whole.index(header) + place
+    archive.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
+    with pytest.raises(ValueError, match="data in .*a.zip is damaged .*; remove it and .*a.zip.sha256, then fetch it"):
         list(extract(archive, tmp_path / "out"))
-    archive.write_bytes(damaged[:50])
-    with pytest.raises(ValueError, match="a.zip is cut off or is no zip"):
+    archive.write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="a.zip is cut off or is no zip .*; remove it and .*a.zip.sha256, then fetch"):
         list(extract(archive, tmp_path / "out"))
