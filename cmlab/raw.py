@@ -7,6 +7,7 @@ photographs of people and are meant for research.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from cmlab.checks import known
 from cmlab.downloads import download
-from cmlab.prepare import extract, prepare
+from cmlab.prepare import extract, fetch_again, prepare
 from cmlab.prepared import Prepared, data_folder
 
 LSUN = "http://dl.yf.io/lsun"
@@ -64,16 +65,30 @@ def fetch_and_prepare(name: str, workers: int | None = None, progress: bool = Tr
 def _lsun(raw: Raw, progress: bool) -> Callable[[str], tuple[Path, str]]:
     def find(part: str) -> tuple[Path, str]:
         address = f"{os.environ.get('CMLAB_LSUN_URL', LSUN).rstrip('/')}/{raw.zips[part]}"
-        archive = download(address, data_folder() / "raw" / Path(raw.zips[part]).name, progress=progress)
+        archive = data_folder() / "raw" / Path(raw.zips[part]).name
+        _check_record(archive.with_name(f"{archive.name}.sha256"))
+        download(address, archive, progress=progress)
         unpacked = archive.with_suffix("")
         for _ in tqdm(extract(archive, unpacked), desc=f"unpacking {archive.name}", unit="file", disable=not progress):
             pass
         found = sorted(path.parent for path in unpacked.rglob("data.mdb"))
         if not found:
-            raise ValueError(f"{archive} holds no LMDB (no data.mdb); remove it and fetch {address} again")
+            raise ValueError(f"{archive} of {address} holds no LMDB (no data.mdb); {fetch_again(archive)}")
         return found[0], part
 
     return find
+
+
+def _check_record(path: Path) -> None:
+    """Raises ValueError if the file that download has recorded a digest in is there and cannot be read as one."""
+    try:
+        found = path.read_bytes() if path.exists() else None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); remove it to record the digest again") from error
+    if found is not None and not re.match(rb"[0-9a-f]{64}\s", found):
+        raise ValueError(
+            f"{path} holds {found[:80]!r}, not a SHA-256 in 64 hexadecimal digits; remove it to record the digest again"
+        )
 
 
 def _imagenet() -> Callable[[str], tuple[str | Path, str]]:

@@ -55,6 +55,31 @@ def test_lsun_is_fetched_over_a_bad_line_unpacked_and_prepared(name, data, zips,
         assert found.count == 3 and found.shape == (3, 256, 256) and found.facts["flip"]
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\n", b"a digest\n", None])
+def test_a_digest_file_without_a_digest_is_named(content, tmp_path):
+    record = tmp_path / "sets" / "raw" / "cat.zip.sha256"
+    record.parent.mkdir(parents=True)
+    record.mkdir() if content is None else record.write_bytes(content)
+    with serving({"/objects/cat.zip": lsun_zip(tmp_path, "cat", 1)}) as site:
+        done = script("lsun_cat", tmp_path / "sets", CMLAB_LSUN_URL=site.url)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = "cannot be read (Is a directory)" if content is None else f"holds {content!r}, not a SHA-256"
+    assert f"{record} {said}" in done.stderr and "remove it to record the digest again" in done.stderr
+
+
+def test_a_wrong_archive_can_be_replaced_as_the_message_says(tmp_path):
+    file, archive = io.BytesIO(), tmp_path / "sets" / "raw" / "cat.zip"
+    zipfile.ZipFile(file, "w").close()
+    with serving({"/objects/cat.zip": file.getvalue()}) as site:
+        done = script("lsun_cat", tmp_path / "sets", CMLAB_LSUN_URL=site.url)
+    assert done.returncode == 1 and f"{archive} of {site.url}/objects/cat.zip holds no LMDB" in done.stderr
+    assert f"remove it and {archive}.sha256, then fetch it again" in done.stderr
+    archive.unlink()
+    archive.with_name("cat.zip.sha256").unlink()
+    with serving({"/objects/cat.zip": lsun_zip(tmp_path, "cat", 1)}) as site:
+        assert script("lsun_cat", tmp_path / "sets", CMLAB_LSUN_URL=site.url).returncode == 0
+
+
 def test_a_hostile_lsun_zip_is_refused(tmp_path):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
