@@ -50,7 +50,7 @@ def fetch_and_prepare(name: str, workers: int | None = None, progress: bool = Tr
 
     Stopped, it goes on where it was. LSUN's zips come from CMLAB_LSUN_URL (its maker's server) into data_folder()/raw. ImageNet is
     taken from CMLAB_IMAGENET, a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or else from the hub with the token
-    in HF_TOKEN. Raises ValueError that says which step is missing, and as download, extract and prepare do.
+    of hf auth login or in HF_TOKEN. Raises ValueError that says which step is missing, and as download, extract and prepare do.
     """
     raw = RAW[known("data set", name, RAW)]
     find: Callable[[str], tuple[str | Path, str]] = _lsun(raw, progress) if raw.zips else _imagenet()
@@ -92,7 +92,9 @@ def _check_record(path: Path) -> None:
 
 
 def _imagenet() -> Callable[[str], tuple[str | Path, str]]:
-    folder, token = os.environ.get("CMLAB_IMAGENET"), os.environ.get("HF_TOKEN")
+    from huggingface_hub import get_token
+
+    folder = os.environ.get("CMLAB_IMAGENET")
 
     def find(part: str) -> tuple[str | Path, str]:
         if folder is None:
@@ -104,10 +106,10 @@ def _imagenet() -> Callable[[str], tuple[str | Path, str]]:
             )
         return path, part
 
-    if folder is None and not token:
+    if folder is None and not get_token():
         raise ValueError(
-            f"ImageNet needs your own access. Either accept its terms at https://huggingface.co/datasets/{IMAGENET_HUB} and set HF_TOKEN "
-            f"to a token of yours, or download {' and '.join(IMAGENET_TARS.values())} from https://image-net.org and set CMLAB_IMAGENET to "
-            "their folder."
+            f"ImageNet needs your own access. Either accept its terms at https://huggingface.co/datasets/{IMAGENET_HUB} and log in with "
+            f"hf auth login or set HF_TOKEN to a token of yours, or download {' and '.join(IMAGENET_TARS.values())} from "
+            "https://image-net.org and set CMLAB_IMAGENET to their folder."
         )
     return find

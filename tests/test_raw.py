@@ -18,7 +18,7 @@ HOME = Path(__file__).parents[1]
 def script(name, folder, **variables):
     """Runs datasets/<name>/fetch_<name>.sh with the data folder in place of the repository's."""
     fetch = HOME / "datasets" / name / f"fetch_{name}.sh"
-    without = ("HF_TOKEN", "CMLAB_IMAGENET")
+    without = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "CMLAB_IMAGENET")
     return run_script(fetch, "--workers", "1", without=without, **{"CMLAB_DATA": str(folder)} | variables)
 
 
@@ -118,7 +118,14 @@ def test_imagenet_from_the_tars_that_one_has(tmp_path):
     )
 
 
+def test_who_has_logged_in_to_the_hub_has_access_to_imagenet(tmp_path):
+    (tmp_path / "token").write_text("hf_of_nobody")
+    done = script("imagenet", tmp_path / "sets", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "needs your own access" not in done.stderr
+    assert "nor does the hub give it: Couldn't reach 'ILSVRC/imagenet-1k' on the Hub" in done.stderr
+
+
 def test_without_access_to_imagenet_the_missing_step_is_said(tmp_path):
-    done = script("imagenet", tmp_path / "sets")
+    done = script("imagenet", tmp_path / "sets", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and "ImageNet needs your own access. Either accept its terms" in done.stderr
-    assert "set HF_TOKEN" in done.stderr and "set CMLAB_IMAGENET to their folder" in done.stderr
+    assert "hf auth login or set HF_TOKEN" in done.stderr and "set CMLAB_IMAGENET to their folder" in done.stderr
