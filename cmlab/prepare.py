@@ -62,7 +62,7 @@ def prepare(
     _begin(output, settings | dict(source=chosen.address, pictures=len(items), digest=chosen.digest(items)))
     if not (output / FACTS).is_file():
         classes = chosen.classes(items)
-        skipped = _convert(chosen, items, output, settings, classes, workers or _cores(), progress)
+        skipped = _convert(chosen, items, output, settings, classes, workers or usable_cores(), progress)
         _finish(output, settings, classes, len(items), skipped)
     return output
 
@@ -86,7 +86,8 @@ def _begin(output: Path, plan: dict) -> None:
         write_text(path, json.dumps(plan))
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

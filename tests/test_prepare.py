@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageCms
 
 import datasets
+from cmlab import doctor
 from cmlab.data import load_data
-from cmlab.prepare import FACTS, crop, extract, prepare
+from cmlab.prepare import FACTS, crop, extract, prepare, usable_cores
 from cmlab.prepared import Prepared
 from cmlab.sources import Folder, Tar, picture
 
@@ -323,6 +324,13 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, "job.py", "pictures", "out"], cwd=tmp_path)
     assert done.returncode == 0 and all(path.stat().st_mtime_ns == then for path, then in written.items())
     assert torch.equal(all_of(out)[0], torch.stack([expected(k) for k in range(60)]))
+
+
+def test_doctor_counts_the_cores_that_prepare_uses_and_speaks_without_it(monkeypatch):
+    cores = [finding.value for finding in doctor._machine() if finding.name == "cores"]
+    assert cores == [f"{usable_cores()} usable of {os.cpu_count()}"] and 1 <= usable_cores() <= os.cpu_count()
+    monkeypatch.setitem(sys.modules, "cmlab.prepare", None)  # as on a machine where a package is missing
+    assert str(os.cpu_count()) in [finding.value for finding in doctor._machine() if finding.name == "cores"]
 
 
 def test_every_epoch_has_every_picture_in_an_order_of_its_own(pictures, tmp_path):
