@@ -7,7 +7,6 @@ photographs of people and are meant for research.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +65,6 @@ def _lsun(raw: Raw, progress: bool) -> Callable[[str], tuple[Path, str]]:
     def find(part: str) -> tuple[Path, str]:
         address = f"{os.environ.get('CMLAB_LSUN_URL', LSUN).rstrip('/')}/{raw.zips[part]}"
         archive = data_folder() / "raw" / Path(raw.zips[part]).name
-        _check_record(archive.with_name(f"{archive.name}.sha256"))
         download(address, archive, progress=progress)
         unpacked = archive.with_suffix("")
         for _ in tqdm(extract(archive, unpacked), desc=f"unpacking {archive.name}", unit="file", disable=not progress):
@@ -77,18 +75,6 @@ def _lsun(raw: Raw, progress: bool) -> Callable[[str], tuple[Path, str]]:
         return found[0], part
 
     return find
-
-
-def _check_record(path: Path) -> None:
-    """Raises ValueError if the file that download has recorded a digest in is there and cannot be read as one."""
-    try:
-        found = path.read_bytes() if path.exists() else None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); remove it to record the digest again") from error
-    if found is not None and not re.match(rb"[0-9a-f]{64}\s", found):
-        raise ValueError(
-            f"{path} holds {found[:80]!r}, not a SHA-256 in 64 hexadecimal digits; remove it to record the digest again"
-        )
 
 
 def _imagenet() -> Callable[[str], tuple[str | Path, str]]:
