@@ -44,7 +44,7 @@ def _machine() -> Iterator[Finding]:
         "BROKEN" if old else "ok", "Python", platform.python_version(), "Python 3.10 or newer is needed" * old
     )
     yield Finding("ok", "system", f"{platform.system()} {platform.machine()}")
-    yield Finding("ok", "cores", f"{_usable_cores()} usable of {os.cpu_count()}")
+    yield Finding("ok", "cores", _cores())
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         few = gigabytes < 4
@@ -58,8 +58,12 @@ def _machine() -> Iterator[Finding]:
     )
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores() -> str:
+    try:
+        from cmlab.prepare import usable_cores
+    except Exception:  # a package is missing or broken: the next findings say which
+        return str(os.cpu_count())
+    return f"{usable_cores()} usable of {os.cpu_count()}"
 
 
 def _packages() -> Iterator[Finding]:

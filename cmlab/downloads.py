@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import time
 import urllib.error
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from tqdm.auto import tqdm
+
+from cmlab.files import write_text
 
 CHUNK = 1 << 20  # bytes
 SILENCE = 30  # seconds without a byte, then the connection counts as cut
@@ -33,17 +36,18 @@ def download(url: str, path: str | Path, sha256: str | None = None, progress: bo
     <name>.sha256 (`sha256sum -c` reads it), and a later file must have it too. Of several processes that ask for the same
     file one fetches it and the others wait.
     Raises DownloadError if the address does not give the file or the disk does not take it, ValueError if the digest is
-    another than expected: such a file is not kept.
+    another than expected (such a file is not kept), or if a recorded one cannot be read.
     """
     path = Path(path).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
+            expected = _expected(path, sha256)  # before hours of fetching
             if path.exists():
-                _check(url, path, path, sha256)
+                _check(url, path, path, *expected)
                 return path
             _fetch(url, path, progress)
-            _check(url, _part(path), path, sha256)
+            _check(url, _part(path), path, *expected)
             os.replace(_part(path), path)
             _tag(path).unlink(missing_ok=True)
     except DownloadError:
@@ -149,16 +153,38 @@ def _enough_room(path: Path, needed: int) -> None:
         )
 
 
-def _check(url: str, file: Path, path: Path, sha256: str | None) -> None:
-    """Compares with the expected or the recorded digest, or records it. A wrong download is removed, a wrong file is not."""
-    record = path.with_name(f"{path.name}.sha256")
-    found, source = digest(file), "expected"
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _expected(path: Path, sha256: str | None) -> tuple[str | None, str]:
+    """The digest that the file must have, None if that is not known yet; and where it is from."""
+    record = _record(path)
     if sha256 is None and record.exists():
-        sha256, source = record.read_text().split()[0], f"recorded in {record} when it was first fetched"
+        return _recorded(record), f"recorded in {record} when it was first fetched"
+    return sha256, "expected"
+
+
+def _check(url: str, file: Path, path: Path, sha256: str | None, source: str) -> None:
+    """Compares with the expected digest, or records it. A wrong download is removed, a wrong file is not."""
+    found = digest(file)
     if sha256 is None:
-        record.write_text(f"{found}  {path.name}\n")
+        write_text(_record(path), f"{found}  {path.name}\n")
     elif not found.startswith(sha256):
         if file != path:
             file.unlink()
         place = f"what {url} gives" if file != path else f"{path} (from {url})"
         raise ValueError(f"{place} is damaged or another file: its SHA-256 is {found}, {source}: {sha256}")
+
+
+def _recorded(path: Path) -> str:
+    """The digest in a file that a first download left. Raises ValueError for one without."""
+    try:
+        found = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); remove it to record the digest again") from error
+    if not re.match(rb"[0-9a-f]{64}\s", found):
+        raise ValueError(
+            f"{path} holds {found[:80]!r}, not a SHA-256 in 64 hexadecimal digits; remove it to record the digest again"
+        )
+    return found[:64].decode()

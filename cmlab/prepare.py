@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -24,6 +25,7 @@ from cmlab.files import write_text
 from cmlab.sources import Item, Source, find_source, picture
 
 FACTS, PLAN = "prepared.json", "plan.json"
+CONTENT = ("pictures", "digest")  # what a plan knows of the pictures themselves
 SHARD = 2000  # pictures: a few seconds to minutes of work
 MODES = {"rgb": "RGB", "grey": "L"}
 
@@ -48,8 +50,8 @@ def prepare(
 
     The folder is what datasets.load_from_disk reads: columns image (PNG) and label, where the source has classes; prepared.json
     names the source, the classes and every picture that was skipped. Stopped, it goes on where it was when called again with the
-    same arguments. Raises ValueError for a source without pictures or that cannot be read, if output holds another data set,
-    if no picture could be read; OSError if output cannot be written.
+    same arguments. Raises ValueError for a source without pictures or that cannot be read, if output holds another data set or the
+    pictures are others than when it was begun, if no picture could be read; OSError if output cannot be written.
     """
     known("colour", colour, MODES)
     output, chosen = Path(output).absolute(), find_source(source, split)
@@ -57,10 +59,10 @@ def prepare(
     items = chosen.items()
     if not items:
         raise ValueError(f"no pictures in {source}")
-    _begin(output, settings | {"pictures": len(items)})
+    _begin(output, settings | dict(source=chosen.address, pictures=len(items), digest=chosen.digest(items)))
     if not (output / FACTS).is_file():
         classes = chosen.classes(items)
-        skipped = _convert(chosen, items, output, settings, classes, workers or _cores(), progress)
+        skipped = _convert(chosen, items, output, settings, classes, workers or usable_cores(), progress)
         _finish(output, settings, classes, len(items), skipped)
     return output
 
@@ -68,16 +70,24 @@ def prepare(
 def _begin(output: Path, plan: dict) -> None:
     """Makes the folder, or checks that it holds this very preparation."""
     path = output / PLAN
-    if path.is_file() and json.loads(path.read_text()) != plan:
-        raise ValueError(f"{output} holds another data set ({path.read_text().strip()}); name another output folder")
-    if not path.is_file():
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found != plan and found | {key: plan[key] for key in CONTENT} == plan:
+            raise ValueError(
+                f"the pictures of {plan['source']} have changed since their preparation in {output} began; "
+                "remove that folder, or name another output folder"
+            )
+        if found != plan:
+            raise ValueError(f"{output} holds another data set ({json.dumps(found)}); name another output folder")
+    else:
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} holds other files; name a new folder")
         output.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plan))
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -149,7 +159,7 @@ def crop(image: Image.Image, size: int) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=3)
+    image.save(file, "PNG", compress_level=3, icc_profile=None)  # which would stand in every one of the pictures
     return file.getvalue()
 
 
@@ -165,6 +175,8 @@ def _finish(output: Path, settings: dict, classes: list[str], pictures: int, ski
     from datasets import DatasetInfo
 
     if len(skipped) == pictures:
+        for path in [*output.glob("data-*-of-*"), output / PLAN]:  # the same call may succeed on repaired files
+            path.unlink()
         raise ValueError(f"none of the {pictures} pictures could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     DatasetInfo(features=_features(classes)).write_to_directory(str(output))
     files = [{"filename": path.name} for path in sorted(output.glob("data-*.arrow"))]
@@ -185,7 +197,7 @@ def extract(archive: Path, folder: Path) -> Iterator[str]:
     try:
         members = zipfile.ZipFile(archive).infolist()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is cut off or is no zip ({error})") from error
+        raise ValueError(f"{archive} is cut off or is no zip ({error}); {fetch_again(archive)}") from error
     root = folder.absolute()
     for member in members:
         place = Path(os.path.normpath(root / member.filename))
@@ -203,10 +215,15 @@ def extract(archive: Path, folder: Path) -> Iterator[str]:
             yield member.filename
 
 
+def fetch_again(archive: Path) -> str:
+    """What to do about a bad download: its digest, recorded when it was first fetched, would refuse the good file."""
+    return f"remove it and {archive.with_name(f'{archive.name}.sha256')}, then fetch it again"
+
+
 def _unpack(archive: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo, place: Path) -> None:
     try:
         with file.open(member) as source, open(f"{place}.partial", "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-    except zipfile.BadZipFile as error:  # its checksum
-        raise ValueError(f"{member.filename} in {archive} is damaged ({error}); fetch the archive again") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:  # its checksum, its deflated stream, its end
+        raise ValueError(f"{member.filename} in {archive} is damaged ({error}); {fetch_again(archive)}") from error
     os.replace(f"{place}.partial", place)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from cmlab.checks import known
 from cmlab.downloads import download
-from cmlab.prepare import extract, prepare
+from cmlab.prepare import extract, fetch_again, prepare
 from cmlab.prepared import Prepared, data_folder
 
 LSUN = "http://dl.yf.io/lsun"
@@ -49,7 +49,7 @@ def fetch_and_prepare(name: str, workers: int | None = None, progress: bool = Tr
 
     Stopped, it goes on where it was. LSUN's zips come from CMLAB_LSUN_URL (its maker's server) into data_folder()/raw. ImageNet is
     taken from CMLAB_IMAGENET, a folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or else from the hub with the token
-    in HF_TOKEN. Raises ValueError that says which step is missing, and as download, extract and prepare do.
+    of hf auth login or in HF_TOKEN. Raises ValueError that says which step is missing, and as download, extract and prepare do.
     """
     raw = RAW[known("data set", name, RAW)]
     find: Callable[[str], tuple[str | Path, str]] = _lsun(raw, progress) if raw.zips else _imagenet()
@@ -64,20 +64,23 @@ def fetch_and_prepare(name: str, workers: int | None = None, progress: bool = Tr
 def _lsun(raw: Raw, progress: bool) -> Callable[[str], tuple[Path, str]]:
     def find(part: str) -> tuple[Path, str]:
         address = f"{os.environ.get('CMLAB_LSUN_URL', LSUN).rstrip('/')}/{raw.zips[part]}"
-        archive = download(address, data_folder() / "raw" / Path(raw.zips[part]).name, progress=progress)
+        archive = data_folder() / "raw" / Path(raw.zips[part]).name
+        download(address, archive, progress=progress)
         unpacked = archive.with_suffix("")
         for _ in tqdm(extract(archive, unpacked), desc=f"unpacking {archive.name}", unit="file", disable=not progress):
             pass
         found = sorted(path.parent for path in unpacked.rglob("data.mdb"))
         if not found:
-            raise ValueError(f"{archive} holds no LMDB (no data.mdb); remove it and fetch {address} again")
+            raise ValueError(f"{archive} of {address} holds no LMDB (no data.mdb); {fetch_again(archive)}")
         return found[0], part
 
     return find
 
 
 def _imagenet() -> Callable[[str], tuple[str | Path, str]]:
-    folder, token = os.environ.get("CMLAB_IMAGENET"), os.environ.get("HF_TOKEN")
+    from huggingface_hub import get_token
+
+    folder = os.environ.get("CMLAB_IMAGENET")
 
     def find(part: str) -> tuple[str | Path, str]:
         if folder is None:
@@ -89,10 +92,10 @@ def _imagenet() -> Callable[[str], tuple[str | Path, str]]:
             )
         return path, part
 
-    if folder is None and not token:
+    if folder is None and not get_token():
         raise ValueError(
-            f"ImageNet needs your own access. Either accept its terms at https://huggingface.co/datasets/{IMAGENET_HUB} and set HF_TOKEN "
-            f"to a token of yours, or download {' and '.join(IMAGENET_TARS.values())} from https://image-net.org and set CMLAB_IMAGENET to "
-            "their folder."
+            f"ImageNet needs your own access. Either accept its terms at https://huggingface.co/datasets/{IMAGENET_HUB} and log in with "
+            f"hf auth login or set HF_TOKEN to a token of yours, or download {' and '.join(IMAGENET_TARS.values())} from "
+            "https://image-net.org and set CMLAB_IMAGENET to their folder."
         )
     return find

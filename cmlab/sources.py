@@ -7,17 +7,24 @@ of a picture file. Archives are read where they are: nothing is unpacked, so no 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
+import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from cmlab.checks import known
+
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class Item(NamedTuple):
@@ -35,30 +42,79 @@ class Listed:
         """The names of the classes, in the order of their numbers; none for a source without."""
         return sorted({item.label for item in items} - {None})
 
+    @property
+    def address(self) -> str:
+        """The source by its full name, the same from wherever it is called: an absolute path without links, or a hub id."""
+        return str(self.path)
+
+    def size(self, place: Any) -> int | None:
+        """How many bytes a picture file has, where that is known without reading it."""
+        return None
+
+    def digest(self, items: list[Item]) -> str:
+        """A SHA-256 that changes with the items: with their order, a name, a class or a size."""
+        running = hashlib.sha256()
+        for item in items:
+            running.update(json.dumps([item.name, item.label, self.size(item.place)]).encode())
+        return running.hexdigest()
+
+
+def _hidden(path: PurePath) -> bool:
+    """Whether a path lies in what file managers and archivers keep for themselves: .git, ._1.png, __MACOSX."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part != "..") for part in path.parts)
+
+
+def _is_picture(path: PurePath) -> bool:
+    return path.suffix.lower() in PICTURES and not _hidden(path)
+
+
+def _classes_of(paths: list[PurePath]) -> list[str | None]:
+    """The class of every picture: its first folder after those that all share. None for all, if none has such a folder.
+
+    Raises ValueError if some have one and some have none.
+    """
+    folders = [path.parts[:-1] for path in paths]
+    shared = len(os.path.commonprefix(folders))  # of the parts
+    labels = [folder[shared] if len(folder) > shared else None for folder in folders]
+    _all_or_none(paths, labels)
+    return labels
+
+
+def _all_or_none(paths: list, labels: list[str | None]) -> None:
+    loose = [path for path, label in zip(paths, labels, strict=True) if label is None]
+    if 0 < len(loose) < len(labels):
+        other = next(path for path, label in zip(paths, labels, strict=True) if label is not None)
+        raise ValueError(
+            f"{loose[0]} lies in no class, while {other} and others do: move it into a folder of its class, or all out of theirs"
+        )
+
 
 @dataclass
 class Folder(Listed):
-    """Picture files below a folder, in the order of their paths. Subfolders, where all files are in some, are the classes."""
+    """Picture files below a folder, in the order of their paths, with the classes that their folders tell (_classes_of)."""
 
     path: Path
 
     def items(self) -> list[Item]:
         """Every picture file."""
-        files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
-        inside = [file.relative_to(self.path) for file in files]
-        classes = bool(inside) and all(len(file.parts) > 1 for file in inside)
-        return [Item(str(file), file.parts[0] if classes else None, str(file)) for file in inside]
+        below = sorted(file.relative_to(self.path) for file in self.path.rglob("*"))
+        files = [file for file in below if _is_picture(file) and (self.path / file).is_file()]
+        return [Item(str(file), label, str(file)) for file, label in zip(files, _classes_of(files), strict=True)]
 
     def read(self, place: str) -> bytes:
         """The bytes of one file."""
         return (self.path / place).read_bytes()
+
+    def size(self, place: str) -> int:
+        """The size of one file."""
+        return (self.path / place).stat().st_size
 
 
 @dataclass
 class Tar(Listed):
     """Pictures in an uncompressed tar, or in tars inside it (ImageNet's training set: one a class, named by its WordNet id).
 
-    The class is the inner tar's name, or else the folder that a picture is in.
+    The class is the inner tar's name, or else what the folders tell, as in a Folder.
     """
 
     path: Path
@@ -66,20 +122,22 @@ class Tar(Listed):
 
     def items(self) -> list[Item]:
         """Every picture, sorted by name; each with the place of its bytes in the file."""
-        found = sorted(self._walk(self.path.open("rb"), 0, None))
-        classes = all(item.label for item in found)
-        return [item if classes else item._replace(label=None) for item in found]
+        found = sorted(self._walk(self.path.open("rb"), 0, None), key=lambda item: (item.name, item.place))
+        names, labels = [PurePosixPath(item.name) for item in found], [item.label for item in found]
+        if any(labels):
+            _all_or_none(names, labels)
+            return found
+        return [item._replace(label=label) for item, label in zip(found, _classes_of(names), strict=True)]
 
     def _walk(self, file, offset: int, label: str | None) -> Iterator[Item]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    start = offset + member.offset_data
-                    if member.isfile() and member.name.endswith(".tar"):
-                        yield from self._walk(tar.extractfile(member), start, Path(member.name).stem)
-                    elif member.isfile() and Path(member.name).suffix.lower() in PICTURES:
-                        folder = Path(member.name).parent.name
-                        yield Item(member.name, label or folder or None, (start, member.size))
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    start, path = offset + member.offset_data, PurePosixPath(member.name)
+                    if path.suffix == ".tar" and not _hidden(path):
+                        yield from self._walk(tar.extractfile(member), start, path.stem)
+                    elif _is_picture(path):
+                        yield Item(member.name, label, (start, member.size))
         except tarfile.TarError as error:
             raise ValueError(f"{self.path} is cut off or is no uncompressed tar ({error})") from error
 
@@ -89,6 +147,10 @@ class Tar(Listed):
             self._file = self.path.open("rb")
         self._file.seek(place[0])
         return self._file.read(place[1])
+
+    def size(self, place: tuple[int, int]) -> int:
+        """The size of one member."""
+        return place[1]
 
     def __getstate__(self):
         return {"path": self.path, "_file": None}  # every process opens its own
@@ -132,11 +194,26 @@ class Hub(Listed):
     split: str = "train"
     _rows: Any = field(default=None, repr=False, compare=False)
 
+    @property
+    def address(self) -> str:
+        """The id, or the folder of a saved data set."""
+        return self.name
+
     def items(self) -> list[Item]:
         """Every row."""
         rows, names = self._load(), self.classes([])
-        labels = [names[k] for k in rows[self._column("ClassLabel")]] if names else [None] * len(rows)
-        return [Item(str(k), value, k) for k, value in enumerate(labels)]
+        if not names:
+            return [Item(str(k), None, k) for k in range(len(rows))]
+        labels = rows[self._column("ClassLabel")]
+        return [Item(str(k), self._class(names, k, label), k) for k, label in enumerate(labels)]
+
+    def _class(self, names: list[str], row: int, label: int | None) -> str:
+        if label is None or not 0 <= label < len(names):
+            raise ValueError(
+                f"row {row} of the split {self.split!r} of {self.name} has the label {label}, not one of 0 … {len(names) - 1}: "
+                "the split is unlabelled; choose another"
+            )
+        return names[label]
 
     def classes(self, items: list[Item]) -> list[str]:
         """The names that the data set gives its classes, in its own order."""
@@ -147,13 +224,25 @@ class Hub(Listed):
         if self._rows is None:
             import datasets
 
-            if Path(self.name).is_dir():
-                loaded = datasets.load_from_disk(self.name)
-                rows = loaded[self.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            else:
-                rows = datasets.load_dataset(self.name, split=self.split)
+            rows = self._saved() if Path(self.name).is_dir() else self._fetched()
             self._rows = rows.cast_column(self._column("Image", rows), datasets.Image(decode=False))
         return self._rows
+
+    def _saved(self):
+        import datasets
+
+        loaded = datasets.load_from_disk(self.name)
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        return loaded[known(f"split of {self.name}", self.split, loaded)]
+
+    def _fetched(self):
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.name, split=self.split)
+        except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+            raise ValueError(f"no such folder here: {self.name}; nor does the hub give it: {error}") from error
 
     def _column(self, kind: str, rows=None) -> str | None:
         rows = self._rows if rows is None else rows
@@ -177,19 +266,19 @@ Source = Folder | Tar | Lmdb | Hub
 def find_source(name: str | Path, split: str = "train") -> Source:
     """What a name stands for: a folder of pictures, of an LMDB or of a saved data set, a .tar, or an id of the hub.
 
-    Raises ValueError for a path that is none of them.
+    Only owner/name, in the characters that the hub allows, is tried as an id. Raises ValueError for a path that is none of them.
     """
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix == ".tar":
-            return Tar(path.absolute())
+            return Tar(path.resolve())
         raise ValueError(f"{path} is no source of pictures: give a folder, an LMDB, an uncompressed .tar or a hub id")
     if path.is_dir():
         if (path / "data.mdb").is_file():
-            return Lmdb(path.absolute())
+            return Lmdb(path.resolve())
         saved = any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
-        return Hub(str(path.absolute()), split) if saved else Folder(path.absolute())
-    if "/" in str(name) and len(path.parts) == 2 and not path.is_absolute():
+        return Hub(str(path.resolve()), split) if saved else Folder(path.resolve())
+    if HUB_ID.fullmatch(str(name)):
         return Hub(str(name), split)
     raise ValueError(f"no such folder, .tar or hub data set: {name}")
 

@@ -1,5 +1,6 @@
 import io
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -7,18 +8,20 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import lmdb
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import datasets
+from cmlab import doctor
 from cmlab.data import load_data
-from cmlab.prepare import crop, extract, prepare
+from cmlab.prepare import FACTS, crop, extract, prepare, usable_cores
 from cmlab.prepared import Prepared
-from cmlab.sources import picture
+from cmlab.sources import Folder, Tar, picture
 
 
 def pixels(k: int, width=20, height=24) -> np.ndarray:
@@ -79,6 +82,60 @@ def test_datasets_reads_what_was_prepared(pictures, tmp_path):
     assert rows.cache_files, "memory-mapped from the files, not copied"
 
 
+def in_folder(tmp_path, names) -> Folder:
+    for name in names:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes(b"")
+    return Folder(tmp_path / "tree")
+
+
+def in_tar(tmp_path, names) -> Tar:
+    (tmp_path / "tree.tar").write_bytes(tar_of(dict.fromkeys(names, b"")))
+    return Tar(tmp_path / "tree.tar")
+
+
+@pytest.mark.parametrize("source", [in_folder, in_tar])
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a.png", "b.png"], [None, None]),
+        (["cats/a.png", "cats/b.png"], [None, None]),
+        (["cats/a.png", "dogs/b.png"], ["cats", "dogs"]),
+        (["pets/cats/a.png", "pets/dogs/b.png"], ["cats", "dogs"]),
+        (["pets/cats/kittens/a.png", "pets/cats/old/b.png", "pets/dogs/c.png"], ["cats", "cats", "dogs"]),
+        (["cats/1/a.png", "dogs/1/b.png"], ["cats", "dogs"]),
+    ],
+)
+def test_the_classes_are_the_first_folders_that_not_all_pictures_share(source, names, labels, tmp_path):
+    assert [item.label for item in source(tmp_path, names).items()] == labels
+
+
+@pytest.mark.parametrize("source", [in_folder, in_tar])
+def test_a_picture_beside_the_class_folders_is_refused(source, tmp_path):
+    mixed = source(tmp_path, ["pets/cats/a.png", "pets/loose.png", "pets/dogs/b.png", "pets/more.png"])
+    message = (
+        "pets/loose.png lies in no class, while pets/cats/a.png .*: move it into a folder of its class, or all out"
+    )
+    with pytest.raises(ValueError, match=message):
+        mixed.items()
+
+
+@pytest.mark.parametrize("source", [in_folder, in_tar])
+def test_what_is_hidden_is_no_picture_and_no_class(source, tmp_path):
+    hidden = [".git/a.png", "cats/.thumbnails/a.png", "cats/._a.png", "__MACOSX/cats/a.png"]
+    found = source(tmp_path, [*hidden, "cats/a.png", "dogs/b.png"]).items()
+    assert [(item.name, item.label) for item in found] == [("cats/a.png", "cats"), ("dogs/b.png", "dogs")]
+
+
+def test_the_class_is_the_inner_tars_name_whatever_folders_there_are(tmp_path):
+    inner = {name: tar_of({"x/a.png": b"", "y/b.png": b""}) for name in ("train/n01.tar", "train/._n01.tar")}
+    (tmp_path / "outer.tar").write_bytes(tar_of(inner))
+    assert [(i.name, i.label) for i in Tar(tmp_path / "outer.tar").items()] == [("x/a.png", "n01"), ("y/b.png", "n01")]
+    (tmp_path / "outer.tar").write_bytes(tar_of(inner | {"train/z.png": b""}))
+    with pytest.raises(ValueError, match="train/z.png lies in no class, while x/a.png"):
+        Tar(tmp_path / "outer.tar").items()
+
+
 def test_tars_in_a_tar_are_read_in_place(tmp_path):
     """As ImageNet's training set: one inner tar a class, named by its WordNet id."""
     inner = {
@@ -118,6 +175,32 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert labels.tolist() == [1, 0, 1, 0] and Prepared(folder).facts["classes"] == ["b", "a"]
 
 
+def test_a_missing_split_is_refused_with_those_there_are(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(pixels(0))]})
+    datasets.DatasetDict({"training": rows, "test": rows}).save_to_disk(tmp_path / "hub")
+    with pytest.raises(ValueError, match="unknown split of .*hub 'train'. .*Known: training, test"):
+        prepare(tmp_path / "hub", tmp_path / "out", 8, workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "error", [datasets.exceptions.DatasetNotFoundError("doesn't exist"), ConnectionError("no line")]
+)
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_told_both(error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
+    with pytest.raises(ValueError, match=f"no such folder here: my/pictures; nor does the hub give it: {error}"):
+        prepare("my/pictures", "out", 8, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_an_unlabelled_split_of_the_hub_is_refused(label, tmp_path):
+    rows = {"image": [Image.fromarray(pixels(k)) for k in range(2)], "label": [1, label]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["b", "a"])})
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "hub")
+    with pytest.raises(ValueError, match=f"row 1 of the split 'test' of .*hub has the label {label}, .* is unlabelled"):
+        prepare(tmp_path / "hub", tmp_path / "out", 8, split="test", workers=1, progress=False)
+
+
 def test_grey_pictures_have_one_channel(pictures, tmp_path):
     data = Prepared(prepare(pictures, tmp_path / "out", 8, colour="grey", workers=1, progress=False))
     assert data.shape == (1, 8, 8) and all_of(data.folder)[0].shape == (4, 1, 8, 8)
@@ -136,6 +219,17 @@ def test_a_source_without_one_good_picture_is_refused(tmp_path):
     (tmp_path / "pictures" / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="none of the 1 pictures could be read; the first: a.png: no picture: "):
         prepare(tmp_path / "pictures", tmp_path / "out", 8, workers=1, progress=False)
+    assert not list((tmp_path / "out").iterdir()), "the same call may succeed on repaired files"
+    (tmp_path / "pictures" / "a.png").write_bytes(encoded(0))
+    assert Prepared(prepare(tmp_path / "pictures", tmp_path / "out", 8, workers=1, progress=False)).count == 1
+
+
+def test_colour_profiles_are_not_copied_into_every_picture(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels(0)).save(tmp_path / "pictures" / "a.png", icc_profile=profile)
+    folder = prepare(tmp_path / "pictures", tmp_path / "out", 8, workers=1, progress=False)
+    assert "icc_profile" not in datasets.load_from_disk(str(folder))[0]["image"].info
 
 
 def test_the_crop_is_adms():
@@ -158,6 +252,50 @@ def test_a_second_call_has_nothing_to_do_and_another_plan_is_refused(pictures, t
     (tmp_path / "taken" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="taken holds other files; name a new folder"):
         prepare(pictures, tmp_path / "taken", 8, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_changed_pictures_are_refused_finished_or_not(finished, pictures, tmp_path):
+    def again():
+        prepare(pictures, tmp_path / "out", 8, workers=1, progress=False)
+
+    again()
+    if not finished:
+        for path in [tmp_path / "out" / FACTS, *(tmp_path / "out").glob("data-*")]:
+            path.unlink()
+    first, second = pictures / "cats" / "0.png", pictures / "cats" / "1.png"
+    kept, message = first.read_bytes(), "pictures of .*pictures have changed since .*out began; remove that folder"
+    first.write_bytes(kept + b"another")
+    with pytest.raises(ValueError, match=message):
+        again()
+    first.rename(pictures / "dogs" / "0.png")
+    with pytest.raises(ValueError, match=message):
+        again()
+    (pictures / "dogs" / "0.png").unlink()
+    first.write_bytes(kept)
+    second.rename(pictures / "cats" / "renamed.png")
+    with pytest.raises(ValueError, match=message):
+        again()
+    (pictures / "cats" / "renamed.png").rename(second)
+    again()
+
+
+def test_a_replaced_tar_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of({"a.png": encoded(0)}))
+    prepare(tmp_path / "a.tar", tmp_path / "out", 8, workers=1, progress=False)
+    (tmp_path / "a.tar").write_bytes(tar_of({"a.png": encoded(0, width=30)}))
+    with pytest.raises(ValueError, match="have changed since"):
+        prepare(tmp_path / "a.tar", tmp_path / "out", 8, workers=1, progress=False)
+
+
+def test_a_folder_is_the_same_however_its_path_is_written(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(pictures)
+    folder = prepare("pictures", "out", 8, workers=1, progress=False)
+    for name in (pictures, "./pictures", "pictures/cats/..", "~/pictures", "link"):
+        assert prepare(name, "out", 8, workers=1, progress=False) == folder
+    assert Prepared(folder).facts["source"] == "pictures", "the facts keep it as it was typed"
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path):
@@ -186,6 +324,13 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, "job.py", "pictures", "out"], cwd=tmp_path)
     assert done.returncode == 0 and all(path.stat().st_mtime_ns == then for path, then in written.items())
     assert torch.equal(all_of(out)[0], torch.stack([expected(k) for k in range(60)]))
+
+
+def test_doctor_counts_the_cores_that_prepare_uses_and_speaks_without_it(monkeypatch):
+    cores = [finding.value for finding in doctor._machine() if finding.name == "cores"]
+    assert cores == [f"{usable_cores()} usable of {os.cpu_count()}"] and 1 <= usable_cores() <= os.cpu_count()
+    monkeypatch.setitem(sys.modules, "cmlab.prepare", None)  # as on a machine where a package is missing
+    assert str(os.cpu_count()) in [finding.value for finding in doctor._machine() if finding.name == "cores"]
 
 
 def test_every_epoch_has_every_picture_in_an_order_of_its_own(pictures, tmp_path):
@@ -217,10 +362,13 @@ def test_a_prepared_data_set_loads_by_name(pictures, tmp_path, monkeypatch):
         load_data("digit")
 
 
+NO_IDS = ("../nowhere", "./nowhere", ".hidden/nowhere", "~/nowhere", "/no/where", "/nowhere", "no/such/place", "a b/c")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "no such folder, .tar or hub data set: nowhere"),
+        *((name, f"no such folder, .tar or hub data set: {name}") for name in ("nowhere", *NO_IDS)),
         ("file.txt", "file.txt is no source of pictures: give a folder, an LMDB, an uncompressed .tar or a hub id"),
         ("empty", "no pictures in empty"),
         ("cut.tar", "cut.tar is cut off or is no uncompressed tar"),
@@ -229,6 +377,7 @@ def test_a_prepared_data_set_loads_by_name(pictures, tmp_path, monkeypatch):
 )
 def test_bad_sources_are_named(source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     Path("file.txt").write_text("")
     Path("empty").mkdir()
     Path("bad_lmdb").mkdir()
@@ -305,13 +454,23 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
         list(extract(tmp_path / "a.zip", tmp_path / "out"))
 
 
-def test_a_damaged_zip_is_named(tmp_path):
-    archive = zip_of(tmp_path / "a.zip", {"data": b"some content"})
-    damaged = bytearray(archive.read_bytes())
-    damaged[damaged.index(b"some content")] ^= 1
-    archive.write_bytes(damaged)
-    with pytest.raises(ValueError, match="data in .*a.zip is damaged .*; fetch the archive again"):
+@pytest.mark.parametrize(
+    ("compression", "header", "place", "damage"),
+    [
+        (zipfile.ZIP_STORED, b"PK\3\4", 34, b"some other"),  # behind the member's header: the checksum is wrong
+        (zipfile.ZIP_DEFLATED, b"PK\3\4", 34, b"\xff" * 10),  # a block of type 3, which there is not
+        (zipfile.ZIP_STORED, b"PK\1\2", 20, b"\xff\xff\xff\x7f" * 2),  # in the directory: longer than the file
+    ],
+)
+def test_a_damaged_zip_is_named_with_all_that_must_go(compression, header, place, damage, tmp_path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", compression) as file:
+        file.writestr("data", random.Random(0).randbytes(20) * 50)
+    whole = archive.read_bytes()
+    start = whole.index(header) + place
+    archive.write_bytes(whole[:start] + damage + whole[start + len(damage) :])
+    with pytest.raises(ValueError, match="data in .*a.zip is damaged .*; remove it and .*a.zip.sha256, then fetch it"):
         list(extract(archive, tmp_path / "out"))
-    archive.write_bytes(damaged[:50])
-    with pytest.raises(ValueError, match="a.zip is cut off or is no zip"):
+    archive.write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="a.zip is cut off or is no zip .*; remove it and .*a.zip.sha256, then fetch"):
         list(extract(archive, tmp_path / "out"))

@@ -18,7 +18,7 @@ HOME = Path(__file__).parents[1]
 def script(name, folder, **variables):
     """Runs datasets/<name>/fetch_<name>.sh with the data folder in place of the repository's."""
     fetch = HOME / "datasets" / name / f"fetch_{name}.sh"
-    without = ("HF_TOKEN", "CMLAB_IMAGENET")
+    without = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "CMLAB_IMAGENET")
     return run_script(fetch, "--workers", "1", without=without, **{"CMLAB_DATA": str(folder)} | variables)
 
 
@@ -53,6 +53,31 @@ def test_lsun_is_fetched_over_a_bad_line_unpacked_and_prepared(name, data, zips,
     for part in zips:
         found = Prepared(tmp_path / "sets" / (data if part == "train" else f"{data}-{part}"))
         assert found.count == 3 and found.shape == (3, 256, 256) and found.facts["flip"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\n", b"a digest\n", None])
+def test_a_digest_file_without_a_digest_is_named(content, tmp_path):
+    record = tmp_path / "sets" / "raw" / "cat.zip.sha256"
+    record.parent.mkdir(parents=True)
+    record.mkdir() if content is None else record.write_bytes(content)
+    with serving({"/objects/cat.zip": lsun_zip(tmp_path, "cat", 1)}) as site:
+        done = script("lsun_cat", tmp_path / "sets", CMLAB_LSUN_URL=site.url)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = "cannot be read (Is a directory)" if content is None else f"holds {content!r}, not a SHA-256"
+    assert f"{record} {said}" in done.stderr and "remove it to record the digest again" in done.stderr
+
+
+def test_a_wrong_archive_can_be_replaced_as_the_message_says(tmp_path):
+    file, archive = io.BytesIO(), tmp_path / "sets" / "raw" / "cat.zip"
+    zipfile.ZipFile(file, "w").close()
+    with serving({"/objects/cat.zip": file.getvalue()}) as site:
+        done = script("lsun_cat", tmp_path / "sets", CMLAB_LSUN_URL=site.url)
+    assert done.returncode == 1 and f"{archive} of {site.url}/objects/cat.zip holds no LMDB" in done.stderr
+    assert f"remove it and {archive}.sha256, then fetch it again" in done.stderr
+    archive.unlink()
+    archive.with_name("cat.zip.sha256").unlink()
+    with serving({"/objects/cat.zip": lsun_zip(tmp_path, "cat", 1)}) as site:
+        assert script("lsun_cat", tmp_path / "sets", CMLAB_LSUN_URL=site.url).returncode == 0
 
 
 def test_a_hostile_lsun_zip_is_refused(tmp_path):
@@ -93,7 +118,14 @@ def test_imagenet_from_the_tars_that_one_has(tmp_path):
     )
 
 
+def test_who_has_logged_in_to_the_hub_has_access_to_imagenet(tmp_path):
+    (tmp_path / "token").write_text("hf_of_nobody")
+    done = script("imagenet", tmp_path / "sets", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "needs your own access" not in done.stderr
+    assert "nor does the hub give it: Couldn't reach 'ILSVRC/imagenet-1k' on the Hub" in done.stderr
+
+
 def test_without_access_to_imagenet_the_missing_step_is_said(tmp_path):
-    done = script("imagenet", tmp_path / "sets")
+    done = script("imagenet", tmp_path / "sets", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and "ImageNet needs your own access. Either accept its terms" in done.stderr
-    assert "set HF_TOKEN" in done.stderr and "set CMLAB_IMAGENET to their folder" in done.stderr
+    assert "hf auth login or set HF_TOKEN" in done.stderr and "set CMLAB_IMAGENET to their folder" in done.stderr
