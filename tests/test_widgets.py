@@ -147,7 +147,7 @@ def test_a_mask_is_cleared_and_repairs_follow_every_control(painter):
     seen = [shown(painter)]
     assert "0% painted over" in said(painter) and "differ by 0.00" in said(painter), "all is known"
     painter.surface.touch = [0.5, 0.5, 1.0]
-    for control, value in ((painter.calls, 3), (painter.seed, 7), (painter.picture, 2)):
+    for control, value in ((painter.calls, 3), (painter.seed, 7), (painter.choice, 2)):
         seen.append(shown(painter))
         control.value = value
     seen.append(shown(painter))
@@ -157,7 +157,7 @@ def test_a_mask_is_cleared_and_repairs_follow_every_control(painter):
 
 
 def test_the_repairs_keep_what_is_known(painter):
-    painter.picture.value = 1
+    painter.choice.value = 1
     painter.surface.touch = [0.5, 0.5, 1.0]
     repaired = re.findall(r"data:image/png;base64,[A-Za-z0-9+/=]+", painter.repaired.value)[0]
     first = decoded(repaired)[:112, :112].reshape(16, 7, 16, 7, 3)[:, 3, :, 3]

@@ -37,7 +37,7 @@ class MaskPainter(ipywidgets.VBox):
         height, width = pictures.shape[-2:]
         self.mask = torch.ones(height, width)  # 1: known, 0: to fill in
         self._last = (0.0, 0, 0)  # stroke, row, column
-        self.picture = ipywidgets.IntSlider(value=0, min=0, max=len(pictures) - 1, description="picture")
+        self.choice = ipywidgets.IntSlider(value=0, min=0, max=len(pictures) - 1, description="picture")
         self.calls = ipywidgets.IntSlider(value=calls, min=1, max=17, description="calls")
         self.seed = ipywidgets.IntSlider(value=seed, min=0, max=max(20, seed), description="seed")
         self.clear = ipywidgets.Button(description="clear mask", tooltip="Make the whole picture known again")
@@ -47,8 +47,8 @@ class MaskPainter(ipywidgets.VBox):
         )
         self.repaired, self.said = ipywidgets.HTML(), sentence()
         row = ipywidgets.HBox([self.surface, self.repaired], layout=ipywidgets.Layout(align_items="center"))
-        super().__init__([self.picture, self.calls, self.seed, self.clear, row, self.said])
-        for control in (self.picture, self.calls, self.seed):
+        super().__init__([self.choice, self.calls, self.seed, self.clear, row, self.said])
+        for control in (self.choice, self.calls, self.seed):
             control.observe(self._redraw, names="value")
         self.surface.observe(self._touched, names="touch")
         self.clear.on_click(self._cleared)
@@ -85,7 +85,7 @@ class MaskPainter(ipywidgets.VBox):
 
     @torch.no_grad()
     def _redraw(self, change=None) -> None:
-        picture = self._pictures[self.picture.value : self.picture.value + 1]
+        picture = self._pictures[self.choice.value : self.choice.value + 1]
         task, calls = editing.Inpaint(self.mask.clone()), self.calls.value
         measured = task.measure(picture)
         levels = karras_sigmas(calls + 1, self._model.sigma_min, self._model.sigma_max)[:-1]
