@@ -268,7 +268,10 @@ def evaluate(
     numbers = metrics.evaluate(pictures.batches(pixels), real, extractor, classes, device=device, moments=moments)
     print(f"extractor {extractor}")
     if min(numbers["samples"], numbers["reference"]) < FEW:
-        print(f"note: fewer than {FEW} pictures on a side; compare such numbers only with those of as many")
+        print(
+            f"note: fewer than {FEW} pictures on a side; compare such numbers only with those of as many",
+            file=sys.stderr,
+        )
     _print_table(
         [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in numbers.items()]
     )
