@@ -148,6 +148,8 @@ def _write(folder: Path, files: dict[str, dict]) -> Path:
 
 def _refuse_other_files(folder: Path, names: Iterable[str]) -> None:
     """Raises FileExistsError if writing to the folder would delete anything but a saved model."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError("it is a file; name a folder")
     own = {part for name in names for part in (name, *map(str, Path(name).parents))}
     for path in folder.rglob("*") if folder.exists() else ():
         if path.relative_to(folder).as_posix() not in own:
@@ -257,7 +259,8 @@ def _read_released(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[s
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is not a saved model: {CONFIG} is missing")
+        inside = f"; there is one in {folder / 'model'}" if (folder / "model" / CONFIG).is_file() else ""
+        raise ValueError(f"{folder} is not a saved model: {CONFIG} is missing{inside}")
     config = read_json(path)
     if config.get("format") != FORMAT:
         raise ValueError(

@@ -19,6 +19,9 @@ HELP = """Consistency models: the notebook series, training, sampling, editing, 
 Every command explains its options: cmlab tour --help. CMLAB_DEBUG=1 shows where an error comes from."""
 
 
+FEW = 1000  # pictures: below, a Fréchet distance says more about their number than about their quality
+
+
 def tour(
     fast: bool = False,
     only: tuple[str, ...] = (),
@@ -227,6 +230,8 @@ def edit(
 
     loaded = pictures.load_model(model)
     target = pictures.target(output or Path("runs") / f"edit-{task}.png", ".png")
+    if any(Path(name).exists() and target.resolve() == Path(name).resolve() for name in images):
+        raise ValueError(f"output must not be the picture itself, got {target}")
     options = dict(
         mask=mask, factor=factor, sigma=sigma, label=label, steps=steps, num=num, seed=seed, denoiser=denoiser
     )
@@ -248,8 +253,8 @@ def evaluate(
 
     Args:
         samples: An .npz as cmlab sample writes it (arr_0: uint8, N x H x W x C).
-        reference: Another .npz, or a data set: digits, digits:held-out, tinted-digits, tinted-digits:held-out. An .npz may hold
-            the moments of a whole data set (mu, sigma), as ADM's reference batches do: the Fréchet distance is to these.
+        reference: Another .npz, or a data set: digits, digits:held-out, tinted-digits, tinted-digits:held-out, a prepared one. An .npz
+            may hold the moments of a whole data set (mu, sigma), as ADM's reference batches do: the Fréchet distance is to these.
         extractor: digits-classifier, tinted-digits-classifier or inception; the one that fits the size without it.
         device: cpu or cuda; cpu without it.
     """
@@ -262,6 +267,11 @@ def evaluate(
     classes = None if extractor == "inception" else labels
     numbers = metrics.evaluate(pictures.batches(pixels), real, extractor, classes, device=device, moments=moments)
     print(f"extractor {extractor}")
+    if min(numbers["samples"], numbers["reference"]) < FEW:
+        print(
+            f"note: fewer than {FEW} pictures on a side; compare such numbers only with those of as many",
+            file=sys.stderr,
+        )
     _print_table(
         [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in numbers.items()]
     )

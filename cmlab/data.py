@@ -71,6 +71,8 @@ def load_data(name: str) -> Data | Prepared:
         return Prepared(data_folder() / name, name)
     if Path(name).is_dir():
         return Prepared(name, str(Path(name).absolute()))  # a name that a run can be resumed by from anywhere
+    if "/" in name or name.startswith("."):
+        raise ValueError(f"no such data set: there is no folder {name}")
     if name in BIG:
         raise ValueError(f"{name} is not in {data_folder()} yet: {BIG[name]} fetches and prepares it")
     known("data set", name, [*_LOADERS, *BIG])

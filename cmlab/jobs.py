@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -55,7 +56,9 @@ def run(
     Losses go to the tracker; every look_every steps a sheet of so many samples goes to <folder>/samples and, with metrics_samples > 0, that
     many are measured against as many training images. Raises Interrupted on Ctrl-C, and what training.train raises.
     """
-    watch = Watch(folder, known("tracker", tracker, TRACKERS), metrics_samples, sheet)
+    if known("tracker", tracker, TRACKERS) == "wandb" and find_spec("wandb") is None:
+        raise ValueError("tracker wandb is not installed: pip install wandb, or leave --tracker out for tensorboard")
+    watch = Watch(folder, tracker, metrics_samples, sheet)
     records = training.train(plan, folder=folder, resume=resume, look_every=look_every, **options)
     try:
         with tqdm(total=plan.iterations, unit="step", disable=not is_main()) as bar:

@@ -101,7 +101,7 @@ def open_picture(path: str) -> Image.Image:
     try:
         return picture(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{path} cannot be read as a picture: {str(error).removeprefix('no picture: ')}") from error
 
 
 def _edit_labels(model, labels: list[int | None]) -> Tensor | None:

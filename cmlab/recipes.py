@@ -273,7 +273,8 @@ def fitted(recipe: Recipe, data, teacher: str | None = None) -> Recipe:
     if teacher is not None and not roles:
         raise ValueError(f"teacher must be left out, got {teacher!r}: {recipe.name} takes none")
     network = recipe.network | {"num_classes": data.num_classes} | _sizes(recipe.network["name"], data)
-    return recipe.replace(data=data.name, network=network, **dict.fromkeys(roles, teacher))
+    told = dict(cost="", expected="", note="")  # of the recipe's own data
+    return recipe.replace(data=data.name, network=network, **dict.fromkeys(roles, teacher), **told)
 
 
 def _sizes(network: str, data) -> dict:

@@ -115,7 +115,8 @@ class Run:
             student.net.load_state_dict(start.net.state_dict())
         except RuntimeError:
             raise ValueError(
-                f"init_from {self.recipe.init_from} has another network than the recipe: {start.net.config}, not {student.net.config}"
+                f"the model to start from, {self.recipe.init_from}, has another network than the recipe: {start.net.config}, "
+                f"not {student.net.config}"
             ) from None
 
     def _model(self) -> Denoiser:
@@ -294,7 +295,10 @@ class Run:
         told = ("cost", "expected", "note", "checkpointing")  # prose, and what changes no number
         differs = [k for k, v in state["recipe"].items() if k not in told and mine.get(k) != json.loads(json.dumps(v))]
         if differs or state["seed"] != self.seed:
-            raise ValueError(f"{path} belongs to another run: {', '.join(differs) or 'seed'} differ")
+            there = [f"{k} {state['recipe'][k]}, not {mine.get(k)}" for k in differs] or [
+                f"seed {state['seed']}, not {self.seed}"
+            ]
+            raise ValueError(f"{path} belongs to another run: {', '.join(there)}; begin a new one in another folder")
         self.step = state["step"]
         if state["teacher"] is not None:
             self._assemble(self._new_student(), self._model_with(state["teacher"]), teacher_is_own=True)

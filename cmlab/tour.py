@@ -103,6 +103,8 @@ def plan_sweep(sweep: Path) -> tuple[list[Job], int]:
     """The runs that a sweep file asks for, checked against the notebooks' own parameters, and the timeout."""
     import yaml
 
+    if not sweep.is_file():
+        raise ValueError(f"no such sweep file: {sweep} (cmlab batch --help shows what one holds)")
     try:
         plan = yaml.safe_load(sweep.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ cmlab="$root/.venv/bin/cmlab"
 # launch RECIPE [option …]: cmlab train, in as many processes as PROCESSES says; it goes on by itself after a stop.
 launch() {
     local recipe="$1"; shift
+    [[ "${PROCESSES:-1}" =~ ^[1-9][0-9]*$ ]] || { echo "PROCESSES must be a whole number from 1 on, got $PROCESSES" >&2; exit 1; }
     local python="${cmlab%/*}/python"
     [ -x "$python" ] || python="$(command -v python3)"
     "$python" -m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no \

@@ -111,7 +111,7 @@ def test_misuse_exits_with_2(capsys):
         ("evaluate floats.npz digits", "arr_0 must be uint8 (N, H, W, 1 or 3), got float64 (2, 8, 8, 1)"),
         ("evaluate pixels.npz digit", "unknown data set 'digit'. Did you mean 'digits'"),
         ("evaluate pixels.npz digits:heldout", "Did you mean 'held-out'"),
-        ("batch nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
+        ("batch nowhere.yaml", "no such sweep file: nowhere.yaml"),
         ("refresh", "name lessons (cmlab refresh 02) or give --all"),
         ("refresh nowhere.ipynb", "No such file or directory: 'nowhere.ipynb'"),
     ],

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cmlab import planning
-from cmlab.checkpoints import load
+from cmlab.checkpoints import load, save
 from cmlab.cli import main
 from cmlab.data import load_data
 from cmlab.models import build
@@ -33,7 +34,8 @@ def spots(tmp_path, monkeypatch):
 def test_a_fully_connected_network_takes_the_shape_and_the_classes_of_the_data(spots):
     recipe = fitted(get_recipe("digits-edm"), Prepared(spots))
     assert recipe.network == get_recipe("digits-edm").network | {"shape": [3, 16, 16], "num_classes": 2}
-    assert recipe.replace(data="digits", network=get_recipe("digits-edm").network) == get_recipe("digits-edm")
+    own = get_recipe("digits-edm")
+    assert recipe.replace(data="digits", network=own.network, cost=own.cost, expected=own.expected) == own
 
 
 def test_a_unet_takes_the_size_the_channels_and_the_classes_of_the_data(spots):
@@ -121,7 +123,9 @@ def test_a_folder_is_known_by_its_whole_path_and_never_hides_a_prepared_name(spo
 
 def test_a_start_or_a_teacher_of_another_kind_is_named(spots):
     brief = fitted(get_recipe("tinted-digits-cd"), Prepared(spots), "tinted-digits-edm").replace(batch=4, iterations=1)
-    with pytest.raises(ValueError, match="init_from tinted-digits-edm has another network than the recipe"):
+    with pytest.raises(
+        ValueError, match="the model to start from, tinted-digits-edm, has another network than the recipe"
+    ):
         next(train(brief))
     with pytest.raises(ValueError, match="teacher must be a denoiser, whose ODE is walked; got a consistency model"):
         next(train(get_recipe("digits-cd"), teacher=load("digits-cd")))
@@ -139,3 +143,27 @@ def test_options_without_effect_are_refused(capsys):
 def test_the_command_refuses_a_folder_that_holds_no_prepared_pictures(tmp_path, capsys):
     assert main(["train", "digits-edm", "--data", str(tmp_path), "--dry-run"]) != 0
     assert "holds no prepared data set; make one with cmlab data prepare" in capsys.readouterr().err
+
+
+def test_nothing_of_the_users_is_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("mine")
+    assert main(["export", "tinted-unet-cd", "notes.txt"]) != 0
+    assert "it is a file; name a folder" in capsys.readouterr().err and Path("notes.txt").read_text() == "mine"
+    Image.new("L", (8, 8)).save("me.png")
+    before = Path("me.png").read_bytes()
+    assert main(["edit", "digits-cd", "inpaint", "me.png", "--label", "3", "--output", "me.png"]) != 0
+    assert "output must not be the picture itself" in capsys.readouterr().err and Path("me.png").read_bytes() == before
+
+
+def test_mistakes_are_met_with_the_way_out(spots, capsys):
+    Path("run").mkdir()
+    save(load("digits-cd"), "run/model")
+    for arguments, message in (
+        (["sample", "run"], "config.json is missing; there is one in"),
+        (["train", "digits-edm", "--data", "datasets/mine", "--dry-run"], "there is no folder datasets/mine"),
+        (["batch", "sweep.yaml"], "no such sweep file: sweep.yaml"),
+        (["train", "moons-edm", "--tracker", "wandb", "--output", "w"], "tracker wandb is not installed"),
+    ):
+        assert main(arguments) != 0
+        assert message in capsys.readouterr().err
