@@ -122,8 +122,8 @@ class SamplerPlayground(ipywidgets.VBox):
         models: dict,
         shape: tuple[int, ...],
         labels: Tensor | None = None,
-        count: int = 8,
-        most: int = 8,
+        count: int = 4,
+        most: int = 4,
         seed: int = 0,
     ):
         self._models, self._shape, self._labels, self._count = models, tuple(shape), labels, count
