@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +24,7 @@ from cmlab.models import build
 from cmlab.models.classifier import DigitsClassifier
 from cmlab.released import RELEASED, kind_of, unet_config
 from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.sources import HUB_ID
 from cmlab.weights import read_json, read_pt, read_safetensors
 
 FORMAT = 1
@@ -35,7 +35,6 @@ PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED = tuple(sorted(path.parent.name for path in EMBEDDED_FOLDER.glob(f"*/{CONFIG}")))
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save(

@@ -75,7 +75,6 @@ def data_folder() -> Path:
     if "CMLAB_DATA" in os.environ:
         return Path(os.environ["CMLAB_DATA"]).expanduser().absolute()
     home = Path(__file__).parents[1]
-    in_repository = (
-        home / "pyproject.toml"
-    ).is_file()  # where the package is installed, another one called datasets lies there
+    # where the package is installed, another one called datasets lies beside it
+    in_repository = (home / "pyproject.toml").is_file()
     return home / "datasets" if in_repository else Path.home() / ".cache" / "cmlab" / "datasets"

@@ -264,7 +264,8 @@ def fitted(recipe: Recipe, data, teacher: str | None = None) -> Recipe:
     """The recipe on another data set (data.Data or data.Prepared), its network with that one's shape and classes.
 
     teacher, the name or path of a denoiser that knows these pictures, takes the place of the model that the recipe distils, starts
-    from, or both. Without it a recipe that only starts from a model starts from random weights. Raises ValueError if a recipe that
+    from, or both. Without it a recipe that only starts from a model starts from random weights. What the recipe tells of its cost
+    and results, which are those of its own data, is left out. Raises ValueError if a recipe that
     distils gets no teacher, one that takes none gets one, or a U-Net something else than square pictures.
     """
     roles = [role for role in ("teacher", "init_from") if getattr(recipe, role) not in (None, "exact")]

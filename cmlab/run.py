@@ -73,9 +73,7 @@ class Run:
         self.sharing = Sharing(parallel, self.accelerator)
         self._assemble(
             self._new_student(),
-            self._checked(
-                self._own_teacher() if teacher is None else copy.deepcopy(teacher)
-            ),  # the caller's stays as it is
+            self._chosen_teacher(teacher),
             teacher_is_own=False,
         )
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.precision == torch.float16)
@@ -145,7 +143,8 @@ class Run:
             raise ValueError(f"recipe {self.recipe.name} distils and names no teacher: give one, train(…, teacher=…)")
         return checkpoints.load(self.recipe.teacher) if self.recipe.teacher else None
 
-    def _checked(self, teacher: Callable | None) -> Callable | None:
+    def _chosen_teacher(self, given: Callable | None) -> Callable | None:
+        teacher = self._own_teacher() if given is None else copy.deepcopy(given)  # the caller's stays as it is
         if isinstance(teacher, ConsistencyModel):
             raise ValueError("teacher must be a denoiser, whose ODE is walked; got a consistency model, which jumps")
         return teacher

@@ -50,3 +50,8 @@ def test_without_its_data_a_script_says_how_to_get_it(tmp_path):
 def test_a_script_plans(tmp_path):
     done = run(HOME / "scripts/train_ct/train_imagenet.sh", "--dry-run", OUTPUT=str(tmp_path / "out"))
     assert done.returncode == 0 and "295,899,267" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_number_of_processes_that_is_none_is_named(tmp_path):
+    done = run(HOME / "scripts/train_ct/train_lsun_cat.sh", "--dry-run", PROCESSES="two", OUTPUT=str(tmp_path))
+    assert done.returncode == 1 and done.stderr == "PROCESSES must be a whole number from 1 on, got two\n"
