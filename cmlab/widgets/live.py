@@ -35,11 +35,20 @@ def train_live(
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     view = LiveView(recipe)
     display(view)
+    reach_while_busy(view.stop)
     look_every = max(1, recipe.iterations // looks) if draw else None
     with interrupts_press(view):
         for record in train(recipe, look_every=look_every, stop=view.stopped, **options):
             view.see(record, draw)
     return record, view.losses
+
+
+def reach_while_busy(widget: ipywidgets.Widget) -> None:
+    """Lets the clicks on a widget come in by the front end's own subshell, beside the cell that is running.
+
+    ipykernel 7.4 leads them to the shell in which the widget was made, and that one waits for the cell to end.
+    """
+    vars(widget.comm).pop("_reply_subshell_id", None)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ function render({ model, el }) {
   picture.draggable = false;
   picture.className = "cmlab-surface";
   picture.setAttribute("role", "application");
+  picture.dataset.lmSuppressShortcuts = "true";  // JupyterLab would take the arrow keys to walk through the cells
   picture.style = "touch-action: none; cursor: crosshair; max-width: 100%; image-rendering: pixelated";
   const show = () => {
     picture.src = model.get("source");
