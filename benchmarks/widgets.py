@@ -57,7 +57,8 @@ def values(control: ipywidgets.Widget) -> list:
     if isinstance(control, ipywidgets.FloatSlider):
         return [control.min + share * (control.max - control.min) for share in shares]
     if isinstance(control, ipywidgets.IntSlider):
-        return [round(control.min + share * (control.max - control.min)) for share in shares]
+        steps = (control.max - control.min) // control.step
+        return [control.min + control.step * round(share * steps) for share in shares]
     return list(control.options) if isinstance(control, ipywidgets.Dropdown) else []
 
 
