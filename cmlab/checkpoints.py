@@ -23,6 +23,7 @@ from cmlab.checks import known
 from cmlab.models import build
 from cmlab.models.classifier import DigitsClassifier
 from cmlab.released import RELEASED, kind_of, unet_config
+from cmlab.released import SCALINGS as RELEASED_SCALINGS
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.sources import HUB_ID
 from cmlab.weights import read_json, read_pt, read_safetensors
@@ -250,9 +251,12 @@ def _read_released(path: Path, kind: str | None) -> tuple[dict[str, Any], dict[s
     except ValueError as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     released = next((r for r in RELEASED.values() if r.file == path.name), None)
-    scalings = dict(sigma_data=0.5, sigma_min=0.002, sigma_max=80.0)
     facts = {} if released is None else {"released": released.name}
-    return _config(kind, network, scalings) | {"data": released and released.data, "facts": facts}, weights, path
+    return (
+        _config(kind, network, RELEASED_SCALINGS) | {"data": released and released.data, "facts": facts},
+        weights,
+        path,
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

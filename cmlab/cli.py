@@ -325,9 +325,44 @@ def refresh(lessons: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LESSON ..
     return 0
 
 
+def app(port: int | None = None, open: bool = False) -> int:
+    """Serve the demo to this machine's browser: generate, compare, edit. Example: cmlab app --open
+
+    It offers the embedded models, the released ones that have been fetched, and those in runs/. Ctrl-C ends it.
+
+    Args:
+        port: Of 127.0.0.1; the first free one from 7860 without it.
+        open: Open the page in the browser.
+    """
+    from cmlab import demo
+
+    demo.launch(demo.build(), port, open)
+    return 0
+
+
+def site(output: Path = Path("site"), open: bool = False) -> int:
+    """Build the series as a static site: lessons as they were run, solutions, the package's reference. Example: cmlab site --open
+
+    Nothing is run, fetched or asked outside; the pages are read from the disk or from any web server.
+
+    Args:
+        output: The folder to build, which is replaced.
+        open: Open the page in the browser at the end.
+    """
+    from cmlab.site import build
+
+    page = build(output).resolve()
+    print(f"site: {page}")
+    if open:
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
+    return 0
+
+
 COMMANDS = {
     "tour": tour, "doctor": doctor, "recipes": recipes, "train": train, "sample": sample, "edit": edit,
-    "evaluate": evaluate, "batch": batch, "refresh": refresh, "fetch": fetch, "export": export,
+    "evaluate": evaluate, "batch": batch, "refresh": refresh, "fetch": fetch, "export": export, "app": app, "site": site,
     "data": data,
 }  # fmt: skip
 

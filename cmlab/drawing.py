@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,26 +25,29 @@ from cmlab.files import write_file, write_text
 from cmlab.noise import karras_sigmas
 from cmlab.released import RELEASED
 from cmlab.scaling import ConsistencyModel
-from cmlab.streams import Streams
+from cmlab.streams import Streams, get_generator
 
 BATCH, PIXELS = 250, 200_000  # pictures a network call; fewer where they have more numbers than this together
 SHARD, SHARD_PIXELS = 500, 4_000_000  # pictures a file, in the same way
 STRIDE = 1 << 32  # between the seeds of two --seed: no two pictures of any two share their noise
 DIFFUSION = {
-    "heun": sampling.sample_heun,
-    "euler": sampling.sample_euler,
-    "dpm": sampling.sample_dpm,
-    "ancestral": sampling.sample_ancestral,
+    "heun": sampling.heun_states,
+    "euler": sampling.euler_states,
+    "dpm": sampling.dpm_states,
+    "ancestral": sampling.ancestral_states,
 }
-CONSISTENCY = ["onestep", "multistep"]
+CONSISTENCY = {"onestep": sampling.multistep_states, "multistep": sampling.multistep_states}
+RANDOM = [*CONSISTENCY, "ancestral"]  # draw noise on the way
 
 
 @dataclass(frozen=True)
 class Drawing:
     """num pictures of a model, and how to draw them: a picture depends on seed and number only, whatever is drawn beside it.
 
-    steps: network calls of a consistency model (1 without it), steps of a diffusion sampler (18). labels are drawn in turn; all
-    classes without them. batch is how many a network call draws. Raises ValueError for what does not fit the model.
+    steps: network calls of a consistency model (1 without it), steps of a diffusion sampler (18); levels: the noise levels themselves
+    instead. labels are drawn in turn; all classes without them. batch is how many a network call draws. generator: a stream by the
+    released code's name; without it each picture has a stream of its own, the same for any num. Raises ValueError for what does
+    not fit the model.
     """
 
     model: torch.nn.Module
@@ -53,29 +57,59 @@ class Drawing:
     seed: int = 0
     labels: tuple[int, ...] = ()
     batch: int | None = None
+    generator: str | None = None
+    levels: tuple[float, ...] | None = None
 
     def __post_init__(self):
         whole("num", self.num)
         whole("seed", self.seed, 0)
         _classes(self.model, 1, self.labels)
-        _sampler(self.model, self.steps, self.sampler)
+        self.plan()
+        self._stream()
         if self.batch is not None:
             whole("batch", self.batch)
+
+    def plan(self) -> tuple[str, list[float]]:
+        """The sampler's name and its noise levels, one for every step."""
+        name, levels = plan(self.model, self.steps, self.sampler)
+        return name, levels if self.levels is None else sampling.levels_of(self.levels)
+
+    def _stream(self):
+        if self.generator is None:
+            return Streams(self.num, self.seed, stride=STRIDE)
+        return get_generator(self.generator, self.num, self.seed)
 
     def part(self, start: int = 0, stop: int | None = None, progress: bool = False) -> tuple[Tensor, Tensor | None]:
         """Pictures start … stop - 1 (N, C, H, W) and their labels (N,), or None: on the CPU."""
         stop = self.num if stop is None else stop
-        classes = _classes(self.model, self.num, self.labels)
-        sampled, device = _sampler(self.model, self.steps, self.sampler), next(self.model.parameters()).device
-        stream, images = Streams(self.num, self.seed, stride=STRIDE), []
+        drawn = self.drawn(start, stop)
+        with tqdm(total=stop - start, unit="picture", disable=not progress) as bar:
+            return sampling.end_of(drawn, lambda share: bar.update(int(share * (stop - start)) - bar.n))
+
+    def drawn(self, start: int, stop: int) -> Iterator[float]:
+        """As part, which it returns; yields the share that is done after every step of the sampler."""
+        classes, (name, levels) = _classes(self.model, self.num, self.labels), self.plan()
+        device, stream, images = next(self.model.parameters()).device, self._stream(), []
         batch = self.batch or _fitting(self.model, BATCH, PIXELS)
-        for first in tqdm(range(start, stop, batch), unit="batch", disable=not progress):
+        for first in range(start, stop, batch):
             stream.set_done_samples(first)
             some = slice(first, min(first + batch, stop))
             noise = stream.randn(some.stop - first, *self.model.info["shape"]).to(device)
             chosen = None if classes is None else classes[some].to(device)
-            images.append(sampled(noise, chosen, stream).cpu())
+            states = sampler_states(self.model, name, levels, noise, chosen, stream)
+            image = yield from shares(states, len(levels), first - start, some.stop - first, stop - start)
+            images.append(image.cpu())
         return torch.cat(images), None if classes is None else classes[start:stop]
+
+
+def shares(states: Iterator, steps: int, before: int = 0, count: int = 1, total: int = 1) -> Iterator[float]:
+    """Yields the share of total pictures that is done, after each state of a batch of count; returns what the states return."""
+    for k in itertools.count(1):
+        try:
+            next(states)
+        except StopIteration as end:
+            return end.value
+        yield (before + count * k / steps) / total
 
 
 def draw(model, num: int, steps=None, sampler=None, seed: int = 0, labels=()) -> tuple[Tensor, Tensor | None]:
@@ -105,24 +139,23 @@ def _classes(model, num: int, labels: tuple[int, ...]) -> Tensor | None:
     return chosen.repeat(num // len(chosen) + 1)[:num]
 
 
-def _sampler(model, steps: int | None, name: str | None) -> Callable:
-    """(noise, labels, stream) -> images, for what the model is."""
-    consistency = isinstance(model, ConsistencyModel)
+def plan(model, steps: int | None = None, sampler: str | None = None) -> tuple[str, list[float]]:
+    """The sampler's name and its noise levels, as Drawing takes them. Raises ValueError for what does not fit the model."""
+    consistency = model.kind == ConsistencyModel.kind
     steps = whole("steps", steps if steps is not None else 1 if consistency else 18)
-    name = name or ("heun" if not consistency else "onestep" if steps == 1 else "multistep")
+    name = sampler or ("heun" if not consistency else "onestep" if steps == 1 else "multistep")
     known(f"sampler for a {model.kind} model:", name, CONSISTENCY if consistency else DIFFUSION)
-    if consistency:
-        if name == "onestep" and steps != 1:
-            raise ValueError(f"the onestep sampler makes one step, got steps {steps}; use multistep")
-        sigmas = _published_levels(model, steps) or levels_for(model, steps, model.sigma_max)
-        return lambda noise, labels, stream: sampling.sample_multistep(
-            model, noise, sigmas, labels, generator=stream, clip_denoised=True
-        )
-    sigmas = karras_sigmas(steps, model.sigma_min, model.sigma_max)
-    random = {"ancestral": lambda stream: {"generator": stream}}.get(name, lambda stream: {})
-    return lambda noise, labels, stream: DIFFUSION[name](
-        model, noise, sigmas, labels, clip_denoised=True, **random(stream)
-    )
+    if not consistency:
+        return name, karras_sigmas(steps, model.sigma_min, model.sigma_max).tolist()
+    if name == "onestep" and steps != 1:
+        raise ValueError(f"the onestep sampler makes one step, got steps {steps}; use multistep")
+    return name, _published_levels(model, steps) or levels_for(model, steps, model.sigma_max).tolist()
+
+
+def sampler_states(model, sampler: str, levels: list[float], noise, labels, stream) -> Iterator[sampling.State]:
+    """The states of a sampler by its name, which return the pictures. Every output is clamped to [-1, 1]."""
+    random = {"generator": stream} if sampler in RANDOM else {}
+    return (CONSISTENCY | DIFFUSION)[sampler](model, noise, levels, labels, clip_denoised=True, **random)
 
 
 def _published_levels(model, steps: int) -> list[float] | None:

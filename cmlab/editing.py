@@ -7,6 +7,7 @@ A^-1[(A y)(1 - Omega) + (A x) Omega] is x - P x + P y for any such task: what is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmlab.checks import finite, positive, same_shape, whole
-from cmlab.ode import solve
-from cmlab.sampling import Draws, levels_of, levels_within, renoise_std, sample_onestep
+from cmlab.ode import trajectory
+from cmlab.sampling import Draws, State, end_of, levels_of, levels_within, renoise_std, sample_onestep
 from cmlab.streams import randn_like
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)  # ITU-R BT.601, as in the released code
@@ -164,7 +165,6 @@ class Stroke(_FromLevel):
         return measurement + sigma * noise
 
 
-@torch.no_grad()
 def edit(
     model, task: Task, measurement: Tensor, sigmas, labels=None, noises=None, generator=None, clip_denoised=True
 ) -> Tensor:
@@ -174,20 +174,27 @@ def edit(
     (len(sigmas), B, C, H, W) injects the start and one draw for every later call. Returns (B, C, H, W), in which the known
     part is the measurement's. Raises ValueError for a measurement, mask, factor or channel count that does not fit.
     """
+    return end_of(edit_states(model, task, measurement, sigmas, labels, noises, generator, clip_denoised))
+
+
+@torch.no_grad()
+def edit_states(
+    model, task: Task, measurement: Tensor, sigmas, labels=None, noises=None, generator=None, clip_denoised=True
+) -> Iterator[State]:
+    """The states of edit, which takes the same arguments: denoised has the known part put back."""
     if not isinstance(task, Task):
         raise TypeError(f"task must be a Task, such as Inpaint(mask), got {task!r}")
     task.check(finite("measurement", measurement))
     levels = levels_within(model, sigmas)
     task.check_levels(levels)
     draw = Draws(noises, generator, len(levels), measurement)
-
-    def jump(x: Tensor, sigma: float) -> Tensor:
+    image = measurement
+    for k, sigma in enumerate(levels):
+        z = draw(k, image)
+        x = image + renoise_std(sigma, model.sigma_min) * z if k else task.start(measurement, z, sigma)
         image = model(x, sigma, labels)
-        return task.combine(measurement, image.clamp(-1, 1) if clip_denoised else image)
-
-    image = jump(task.start(measurement, draw(0, measurement), levels[0]), levels[0])
-    for k, sigma in enumerate(levels[1:], 1):
-        image = jump(image + renoise_std(sigma, model.sigma_min) * draw(k, image), sigma)
+        image = task.combine(measurement, image.clamp(-1, 1) if clip_denoised else image)
+        yield State(k, sigma, x, image)
     return image
 
 
@@ -223,5 +230,13 @@ def noise_of(denoiser, images: Tensor, sigmas, labels=None) -> Tensor:
     images (B, C, H, W); sigmas descend, as everywhere, and are walked from their end. A consistency model has no such way
     up, so this wants a diffusion denoiser. Returns (B, C, H, W). Raises ValueError for images or sigmas that are not finite.
     """
+    return end_of(noise_states(denoiser, images, sigmas, labels))
+
+
+def noise_states(denoiser, images: Tensor, sigmas, labels=None) -> Iterator[float]:
+    """As noise_of, which it returns; yields the share of the way that is done."""
     upwards = levels_of(sigmas, 2)[::-1]
-    return solve(denoiser, finite("images", images), upwards, labels) / upwards[-1]
+    for k, state in enumerate(trajectory(denoiser, finite("images", images), upwards, labels)):
+        x = state
+        yield k / (len(upwards) - 1)
+    return x / upwards[-1]

@@ -15,10 +15,11 @@ from cmlab import checkpoints, editing, plots
 from cmlab.batch import usable_folder
 from cmlab.checks import known, whole
 from cmlab.data import Data, load_data
-from cmlab.drawing import STRIDE, levels_for
+from cmlab.drawing import STRIDE, levels_for, shares
 from cmlab.files import write_file
 from cmlab.noise import karras_sigmas
 from cmlab.prepared import Prepared
+from cmlab.sampling import end_of
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.sources import picture
 from cmlab.streams import Streams
@@ -39,37 +40,49 @@ def load_model(name: str, device: str | None = None) -> Denoiser | ConsistencyMo
 
 
 def edit_picture(
-    model, task: str, images: tuple[str, ...], mask: str = "lower", factor: int = 4, sigma: float = 1.0,
-    label: int | None = None, steps: int = 10, num: int = 8, seed: int = 0, denoiser: str | None = None,
+    model, task: str, images: tuple[str, ...], mask: str = "lower", label: int | None = None, denoiser: str | None = None,
+    **options,
 ) -> Tensor:  # fmt: skip
-    """The picture, what the task knows of it, and num results in a row: (num + 2, C, H, W).
+    """As edited, of pictures by their names (see read_picture), a mask by its (see read_mask), and a diffusion model by its."""
+    read = [read_picture(model, image) for image in images]
+    classes = edit_labels(model, [label if label is not None else own for _, own in read])
+    options["teacher"] = None if denoiser is None else load_model(denoiser)
+    if known("task", task, TASKS) == "inpaint":
+        options["mask"] = read_mask(mask, *model.info["shape"][1:])
+    return end_of(edited(model, task, torch.stack([picture for picture, _ in read]), classes, **options))
 
-    interpolate: the two pictures with num between them. Raises ValueError for what does not fit.
+
+def edited(
+    model, task: str, pictures: Tensor, labels: Tensor | None, mask: Tensor | None = None, factor: int = 4,
+    sigma: float = 1.0, steps: int = 10, num: int = 8, seed: int = 0, teacher: Denoiser | None = None,
+) -> Iterator[float]:  # fmt: skip
+    """Edits a picture (1, C, H, W), yields the share that is done, and returns (num + 2, C, H, W): it, what is known of it, num results.
+
+    interpolate takes two pictures and puts num between them, with teacher, a diffusion model, to find their noises. mask (H, W),
+    0 where inpaint fills in; labels as many as pictures, or None. Raises ValueError for what does not fit.
     """
     known("task", task, TASKS)
-    if not isinstance(model, ConsistencyModel):
+    if model.kind != ConsistencyModel.kind:
         raise ValueError(f"editing needs a consistency model, got a {model.kind}")
     wanted = 2 if task == "interpolate" else 1
-    if len(images) != wanted:
-        raise ValueError(f"{task} takes {wanted} picture{'s' * (wanted > 1)}, got {len(images)}")
-    read = [read_picture(model, image) for image in images]
-    pictures = torch.stack([picture for picture, _ in read])
-    classes = _edit_labels(model, [label if label is not None else own for _, own in read])
+    if len(pictures) != wanted:
+        raise ValueError(f"{task} takes {wanted} picture{'s' * (wanted > 1)}, got {len(pictures)}")
+    whole("num", num)
+    whole("steps", steps)
     if task == "interpolate":
-        return _between(model, pictures, classes, denoiser, whole("num", num), whole("steps", steps))
+        return (yield from _between(model, pictures, labels, teacher, num, steps))
     if task in ("denoise", "stroke") and not model.sigma_min < sigma <= model.sigma_max:
         raise ValueError(
             f"sigma must lie above {model.sigma_min:g}, up to the model's {model.sigma_max:g}, got {sigma:g}"
         )
-    operator = _operator(task, pictures, mask, factor, sigma)
-    stream = Streams(whole("num", num), seed, stride=STRIDE)
+    operator = _operator(task, mask, factor, sigma)
     measured = operator.measure(pictures, torch.Generator().manual_seed(seed))
     start = sigma if task in ("denoise", "stroke") else model.sigma_max
-    results = editing.edit(
-        model, operator, measured.repeat(num, 1, 1, 1), levels_for(model, whole("steps", steps), start),
-        labels=None if classes is None else classes.repeat(num), generator=stream,
+    states = editing.edit_states(
+        model, operator, measured.repeat(num, 1, 1, 1), levels_for(model, steps, start),
+        labels=None if labels is None else labels.repeat(num), generator=Streams(num, seed, stride=STRIDE),
     )  # fmt: skip
-    return torch.cat([pictures, measured, results])
+    return torch.cat([pictures, measured, (yield from shares(states, steps))])
 
 
 def read_picture(model, name: str) -> tuple[Tensor, int | None]:
@@ -78,7 +91,6 @@ def read_picture(model, name: str) -> tuple[Tensor, int | None]:
     name: held-out:N, a picture that the model has not seen, or a file, whose middle square is scaled to the model's
     size.
     """
-    channels, height, width = model.info["shape"]
     if name.startswith("held-out:"):
         data, number = load_data(model.info["data"]), name.removeprefix("held-out:")
         if not isinstance(data, Data):
@@ -86,12 +98,16 @@ def read_picture(model, name: str) -> tuple[Tensor, int | None]:
         if not number.isdigit() or int(number) >= len(data.held_out):
             raise ValueError(f"held-out:N takes a number 0 … {len(data.held_out) - 1}, got {name!r}")
         return data.held_out[int(number)], int(data.held_out_labels[int(number)])
-    image = open_picture(name).convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
+    return fitted(open_picture(name), model.info["shape"]) / 127.5 - 1, None
+
+
+def fitted(image: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """The middle square of an image, scaled to shape (C, H, W), C being 1 (grey) or 3: pixels in [0, 255]."""
+    channels, height, width = shape
+    image, side = image.convert("L" if channels == 1 else "RGB"), min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize((width, height), Image.Resampling.BOX, box=(left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(image)).reshape(height, width, channels)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1, None
+    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1).float()
 
 
 def open_picture(path: str) -> Image.Image:
@@ -104,18 +120,19 @@ def open_picture(path: str) -> Image.Image:
         raise ValueError(f"{path} cannot be read as a picture: {str(error).removeprefix('no picture: ')}") from error
 
 
-def _edit_labels(model, labels: list[int | None]) -> Tensor | None:
+def edit_labels(model, labels: list[int | None]) -> Tensor | None:
+    """The classes of the pictures to edit, (N,); None for a model without classes. Raises ValueError where one is missing."""
     count = model.info.get("num_classes")
     if count is None:
         return None
     if None in labels:
-        raise ValueError(f"this model is class-conditional: say what the picture shows with --label 0 … {count - 1}")
+        raise ValueError(f"this model is class-conditional: say what the picture shows, label 0 … {count - 1}")
     return torch.tensor(labels)
 
 
-def _operator(task: str, pictures: Tensor, mask: str, factor: int, sigma: float) -> editing.Task:
+def _operator(task: str, mask: Tensor | None, factor: int, sigma: float) -> editing.Task:
     if task == "inpaint":
-        return editing.Inpaint(read_mask(mask, *pictures.shape[2:]))
+        return editing.Inpaint(mask)
     if task == "super-resolve":
         return editing.SuperResolve(factor)
     if task == "colorize":
@@ -147,19 +164,20 @@ def read_mask(name: str, height: int, width: int) -> Tensor:
     return (torch.from_numpy(np.array(image)) >= 128).float()
 
 
-def _between(model, pictures: Tensor, labels: Tensor | None, denoiser: str | None, num: int, steps: int) -> Tensor:
+def _between(
+    model, pictures: Tensor, labels: Tensor | None, teacher: Denoiser | None, num: int, steps: int
+) -> Iterator[float]:
     """The two pictures, and num on the way between them through the noises that a diffusion model finds."""
-    if denoiser is None:
+    if teacher is None:
         raise ValueError(
-            "interpolate needs --denoiser: a diffusion model of the same data (digits-edm) to find the noises"
+            "interpolate needs a denoiser: a diffusion model of the same data (digits-edm) to find the noises"
         )
-    teacher = load_model(denoiser)
-    if isinstance(teacher, ConsistencyModel):
-        raise ValueError(f"--denoiser must be a diffusion model, got the consistency model {denoiser}")
+    if teacher.kind == ConsistencyModel.kind:
+        raise ValueError("denoiser must be a diffusion model, got a consistency model")
     sigmas = karras_sigmas(max(steps, 2), model.sigma_min, model.sigma_max)
     if labels is not None and labels[0] != labels[1]:
         raise ValueError(f"interpolate needs two pictures of one class, got {labels[0]} and {labels[1]}")
-    noises = editing.noise_of(teacher, pictures, sigmas, labels)
+    noises = yield from editing.noise_states(teacher, pictures, sigmas, labels)
     way = editing.interpolate(
         model, noises[:1], noises[1:], torch.linspace(0, 1, num), None if labels is None else labels[:1]
     )

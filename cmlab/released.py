@@ -19,6 +19,7 @@ from cmlab.downloads import download
 ADDRESS = "https://openaipublic.blob.core.windows.net/consistency"
 LICENCE = "MIT"
 HEAD_CHANNELS = 64  # of every released model: the one number that no shape tells
+SCALINGS = dict(sigma_data=0.5, sigma_min=0.002, sigma_max=80.0)  # of every released model
 SMALLEST = 8  # pixels at the bottom of every released U-Net
 
 _SHARED = dict(in_channels=3, out_channels=3, num_head_channels=HEAD_CHANNELS, resblock_updown=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,8 +75,8 @@ class Draws:
         return randn_like(x, self.generator) if self.noises is None else self.noises[k]
 
 
-def _last(states: Iterator[State], callback: Callable[[State], None] | None) -> Tensor:
-    """Runs a sampler's states to their end; returns the final x, which the generator returns."""
+def end_of(states: Iterator, callback: Callable | None = None) -> Any:
+    """Runs a generator, such as a sampler's states, to its end, and returns what it returns. callback sees what it yields."""
     while True:
         try:
             state = next(states)
@@ -131,7 +131,7 @@ def sample_heun(
     noises (len(sigmas), B, …) injects the churn's draws. Returns (B, …).
     """
     churn = dict(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, noises=noises, generator=generator)
-    return _last(heun_states(denoiser, noise, sigmas, labels, clip_denoised, **churn), callback)
+    return end_of(heun_states(denoiser, noise, sigmas, labels, clip_denoised, **churn), callback)
 
 
 def euler_states(denoiser, noise, sigmas, labels=None, clip_denoised=False) -> Iterator[State]:
@@ -141,7 +141,7 @@ def euler_states(denoiser, noise, sigmas, labels=None, clip_denoised=False) -> I
 
 def sample_euler(denoiser, noise, sigmas, labels=None, clip_denoised=False, callback=None) -> Tensor:
     """Euler steps down to sigma 0 (DDIM in this parameterisation): len(sigmas) network calls. Returns (B, …)."""
-    return _last(euler_states(denoiser, noise, sigmas, labels, clip_denoised), callback)
+    return end_of(euler_states(denoiser, noise, sigmas, labels, clip_denoised), callback)
 
 
 def dpm_states(denoiser, noise, sigmas, labels=None, clip_denoised=False, **churn) -> Iterator[State]:
@@ -158,7 +158,7 @@ def sample_dpm(
     noises (len(sigmas), B, …) injects the churn's draws. Returns (B, …).
     """
     churn = dict(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, noises=noises, generator=generator)
-    return _last(dpm_states(denoiser, noise, sigmas, labels, clip_denoised, **churn), callback)
+    return end_of(dpm_states(denoiser, noise, sigmas, labels, clip_denoised, **churn), callback)
 
 
 def ancestral_step(sigma: float, next_sigma: float) -> tuple[float, float]:
@@ -192,7 +192,7 @@ def sample_ancestral(
 
     noises (len(sigmas) - 1, B, …) injects the draws. Returns (B, …).
     """
-    return _last(ancestral_states(denoiser, noise, sigmas, labels, clip_denoised, noises, generator), callback)
+    return end_of(ancestral_states(denoiser, noise, sigmas, labels, clip_denoised, noises, generator), callback)
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def sample_progressive(denoiser, noise, sigmas, labels=None, clip_denoised=False
 
     n steps need karras_sigmas(n + 1, …). len(sigmas) - 1 network calls. Returns (B, …).
     """
-    return _last(progressive_states(denoiser, noise, sigmas, labels, clip_denoised), callback)
+    return end_of(progressive_states(denoiser, noise, sigmas, labels, clip_denoised), callback)
 
 
 # --- consistency samplers -------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def sample_multistep(
 
     One network call per sigma; noises (len(sigmas) - 1, B, …) injects the draws. Returns (B, …).
     """
-    return _last(multistep_states(model, noise, sigmas, labels, noises, generator, clip_denoised), callback)
+    return end_of(multistep_states(model, noise, sigmas, labels, noises, generator, clip_denoised), callback)
 
 
 def renoise_std(sigma: float, sigma_min: float) -> float:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
@@ -283,18 +283,27 @@ def find_source(name: str | Path, split: str = "train") -> Source:
     raise ValueError(f"no such folder, .tar or hub data set: {name}")
 
 
-def picture(data: bytes) -> Image.Image:
-    """The image, RGB or grey (L), that the bytes of a picture file hold, upright: turned as its EXIF note says.
-
-    Transparency is dropped. Raises ValueError for bytes that hold no picture.
-    """
+def _tried(read: Callable) -> Any:
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+        return read()
     except Exception as error:  # of a damaged file, anything
         raise ValueError(f"no picture: {type(error).__name__}: {error}") from error
+
+
+def picture(data: bytes, most: int | None = None, alpha: bool = False) -> Image.Image:
+    """The image, RGB or grey (L), that the bytes of a picture file hold, upright: turned as its EXIF note says.
+
+    Transparency is dropped, or with alpha kept: RGBA. Raises ValueError for bytes that hold no picture, or one of more than `most`
+    pixels, which is not decoded.
+    """
+    image = _tried(lambda: Image.open(io.BytesIO(data)))
+    if most is not None and image.width * image.height > most:
+        raise ValueError(f"the picture has {image.width} x {image.height} pixels; {most:,} are accepted at most")
+    _tried(image.load)
     with contextlib.suppress(Exception):  # a damaged note: the picture as it is stored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits a pixel
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if alpha:
+        return image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")

@@ -116,6 +116,16 @@ def run_all(page, seconds: float = 90) -> None:
     until(page, done, "every cell must have run", seconds)
 
 
+def drag_over(page, place, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draws a line with the mouse over a place, from one point to another, given as shares of its width and height."""
+    place.scroll_into_view_if_needed()
+    box = place.bounding_box()
+    page.mouse.move(box["x"] + start[0] * box["width"], box["y"] + start[1] * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + end[0] * box["width"], box["y"] + end[1] * box["height"], steps=8)
+    page.mouse.up()
+
+
 def drag(page, slider, fraction: float) -> None:
     """Moves the handle of a slider to a fraction of its track, with the mouse."""
     slider.scroll_into_view_if_needed()

@@ -1,14 +1,38 @@
-"""The browser that several test files share."""
+"""What test files share: the browser, the built site. What needs something beside the package is collected only where it is."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 from browsing import CHROMIUM, FLAGS, answer
-from playwright.sync_api import sync_playwright
+from reference_code import FOLDER
+
+collect_ignore = [] if (FOLDER / "cm" / "unet.py").is_file() else ["test_reference.py"]
+if CHROMIUM is None:
+    collect_ignore += [path.name for path in Path(__file__).parent.glob("test_*_browser.py")]
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty torch home without network; returns where it keeps weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no network, at once
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The folder of the site, built from this repository."""
+    from cmlab.site import build
+
+    return build(tmp_path_factory.mktemp("site") / "html", Path(__file__).parents[1]).parent
 
 
 @pytest.fixture(scope="session")
 def browser():
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser

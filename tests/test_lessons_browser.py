@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browsing import drag, jupyter_lab, open_notebook, pixels, run_all, start_all, until
+from browsing import drag, drag_over, jupyter_lab, open_notebook, pixels, run_all, start_all, until
 from test_batch import write_notebook
 
 LESSONS = sorted((Path(__file__).parents[1] / "notebooks").glob("0*.ipynb"))
@@ -39,7 +39,7 @@ def test_every_live_control_of_a_lesson_redraws_its_picture(lesson, lab, open_pa
         for j in range(sliders.count()):
             changes(page, widget, lambda: drag(page, sliders.nth(j), far_end(sliders.nth(j))))  # noqa: B023
         for j in range(surfaces.count()):
-            changes(page, widget, lambda: stroke(page, surfaces.nth(j)))  # noqa: B023
+            changes(page, widget, lambda: drag_over(page, surfaces.nth(j), (0.25, 0.7), (0.4, 0.75)))  # noqa: B023
             changes(page, widget, lambda: [surfaces.nth(j).press(key) for key in ("ArrowLeft", "ArrowUp", " ")])  # noqa: B023
         assert all(len(alt.split()) >= 4 for alt in widget.locator("img").evaluate_all("all => all.map(i => i.alt)"))
     assert page.outside == []
@@ -72,16 +72,6 @@ def far_end(slider) -> float:
     handle, track = slider.locator(".noUi-handle").bounding_box(), slider.locator(".noUi-base").bounding_box()
     at = (handle["x"] + handle["width"] / 2 - track["x"]) / track["width"]
     return 0.12 if at > 0.5 else 0.88
-
-
-def stroke(page, surface) -> None:
-    """A short line with the mouse, in the picture's lower left."""
-    surface.scroll_into_view_if_needed()
-    box = surface.bounding_box()
-    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.7 * box["height"])
-    page.mouse.down()
-    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.75 * box["height"], steps=5)
-    page.mouse.up()
 
 
 def test_the_stop_button_ends_a_training_that_runs_and_keeps_its_model(lab, open_page):

@@ -1,0 +1,123 @@
+"""The models that the demo offers: the embedded ones, the released ones that have been fetched, and the user's own runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from cmlab import checkpoints
+from cmlab.checks import known
+from cmlab.released import RELEASED, SCALINGS
+from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.weights import read_json
+
+RUNS = Path("runs")
+KEPT = 2  # models in memory: the largest takes 2.2 GB
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model that can be chosen: its name, where it is, and what is known of it without its weights; enough for drawing.plan."""
+
+    name: str
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    num_classes: int | None
+    data: str | None
+    sigma_min: float
+    sigma_max: float
+
+    @property
+    def info(self) -> dict:
+        """The part of a model's info that says which published levels are its own."""
+        return {"facts": {"released": self.name}}
+
+    @property
+    def consistency(self) -> bool:
+        """Whether one call makes a picture."""
+        return self.kind == ConsistencyModel.kind
+
+    def load(self) -> Denoiser:
+        """The model, on the GPU if there is one; the last ones are kept."""
+        newest = max(file.stat().st_mtime for file in [self.path, *self.path.glob("*")])
+        return _load(str(self.path), newest)
+
+
+@lru_cache(maxsize=KEPT)
+def _load(path: str, changed: float) -> Denoiser:
+    return checkpoints.load(path, "cuda" if torch.cuda.is_available() else None)
+
+
+def choices(runs: Path = RUNS) -> dict[str, Choice]:
+    """Every model of pictures that is here, by name: embedded, released and fetched, saved in a folder of runs."""
+    folders = {name: checkpoints.EMBEDDED_FOLDER / name for name in checkpoints.EMBEDDED} | _own(runs)
+    found = [_of_folder(name, folder) for name, folder in folders.items()]
+    found[len(checkpoints.EMBEDDED) : len(checkpoints.EMBEDDED)] = [
+        _of_released(one) for one in RELEASED.values() if one.path.is_file()
+    ]
+    return {choice.name: choice for choice in found if choice is not None}
+
+
+def choose(name: str, runs: Path = RUNS) -> Choice:
+    """The choice of that name. Raises ValueError for any other name, so that no path leads out of the list."""
+    here = choices(runs)
+    if name in RELEASED and name not in here:
+        raise ValueError(f"{name} is not on this disk yet: cmlab fetch {name}")
+    return here[known("model", name, here)]
+
+
+def missing() -> list[tuple[str, str]]:
+    """(name, command that fetches it) of every released model that is not here."""
+    return [(one.name, f"cmlab fetch {one.name}") for one in RELEASED.values() if not one.path.is_file()]
+
+
+def teacher_of(choice: Choice, runs: Path = RUNS) -> Choice | None:
+    """The diffusion model of the same data and network, or of the same data, that is here; the first of the list."""
+    fitting = [
+        other
+        for other in choices(runs).values()
+        if not other.consistency and (other.data, other.shape) == (choice.data, choice.shape)
+    ]
+    namesake = choice.name.replace("-cd", "-edm").replace("-ct", "-edm")
+    return next((other for other in fitting if other.name == namesake), next(iter(fitting), None))
+
+
+def _own(runs: Path) -> dict[str, Path]:
+    """Saved models in a folder of runs, whose files truly lie there: a link may not lead out."""
+    inside, found = runs.resolve(), {}
+    for config in sorted(runs.glob(f"*/model/{checkpoints.CONFIG}")):
+        if config.resolve().is_relative_to(inside):
+            found[config.parent.as_posix()] = config.parent
+    return found
+
+
+def _of_folder(name: str, folder: Path) -> Choice | None:
+    """None for what is no model of pictures, or is damaged: the list leaves it out."""
+    try:
+        config = read_json(folder / checkpoints.CONFIG)
+        kind, shape, classes = config["kind"], tuple(config["shape"]), config["num_classes"]
+        levels = float(config["sigma_min"]), float(config["sigma_max"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+    if kind not in (Denoiser.kind, ConsistencyModel.kind) or len(shape) != 3:
+        return None
+    return Choice(name, folder, kind, shape, classes, config.get("data"), *levels)
+
+
+def _of_released(one) -> Choice:
+    net = one.architecture
+    shape = (net["in_channels"], net["image_size"], net["image_size"])
+    return Choice(
+        one.name,
+        one.path,
+        one.kind,
+        shape,
+        net.get("num_classes"),
+        one.data,
+        SCALINGS["sigma_min"],
+        SCALINGS["sigma_max"],
+    )
