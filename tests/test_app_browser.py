@@ -131,6 +131,7 @@ def test_a_job_that_takes_long_shows_its_progress_and_can_be_cancelled(page, cli
     for slider, value in (("#steps", "80"), ("#num", "64")):
         page.locator(f"{slider} input[type=number]").fill(value)
         page.locator(f"{slider} input[type=number]").press("Enter")
+    until(page, lambda: "80 steps" in page.locator("#plan").inner_text(), "the plan must follow the slider")
     page.locator("#generate").click()
     page.locator(".progress-level, .progress-text, .progress-bar").first.wait_for(timeout=30_000)
     page.locator("#cancel-generate").click()
@@ -264,5 +265,4 @@ def test_two_hundred_requests_of_eight_clients_are_answered_and_memory_stays_fla
         visitor.join()
     assert sorted(said) == list(range(REQUESTS)) and all("call" in text for text in said.values())
     print(f"memory after 50, 100, 150, 200 requests: {', '.join(f'{seen[k - 1]:.0f}' for k in (50, 100, 150, 200))} MB")
-    # flat: after a warm-up the allocator's unrest is some 30 MB; one model that is kept for each request would be hundreds
-    assert np.median(seen[150:]) - np.median(seen[50:100]) < 60
+    assert np.median(seen[150:]) - np.median(seen[50:100]) < 30  # measured: 6 MB; a picture kept of each request would pass it

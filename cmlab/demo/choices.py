@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.weights import read_json
 
 RUNS = Path("runs")
-KEPT = 2  # models in memory: the largest takes 2.2 GB
+KEPT_BYTES = 4 << 30  # of models in memory, besides the one in use: the largest takes 2.2 GB
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,21 @@ class Choice:
         return self.kind == ConsistencyModel.kind
 
     def load(self) -> Denoiser:
-        """The model, on the GPU if there is one; the last ones are kept."""
-        newest = max(file.stat().st_mtime for file in [self.path, *self.path.glob("*")])
-        return _load(str(self.path), newest)
+        """The model, on the GPU if there is one; the ones that were used last are kept."""
+        key = (self.path, max(file.stat().st_mtime for file in [self.path, *self.path.glob("*")]))
+        if key not in _kept:
+            _kept[key] = checkpoints.load(self.path, "cuda" if torch.cuda.is_available() else None)
+        _kept.move_to_end(key)
+        while len(_kept) > 1 and sum(map(_size, _kept.values())) > KEPT_BYTES:
+            _kept.popitem(last=False)
+        return _kept[key]
 
 
-@lru_cache(maxsize=KEPT)
-def _load(path: str, changed: float) -> Denoiser:
-    return checkpoints.load(path, "cuda" if torch.cuda.is_available() else None)
+_kept: OrderedDict[tuple, Denoiser] = OrderedDict()
+
+
+def _size(model: Denoiser) -> int:
+    return sum(weight.nbytes for weight in model.parameters())
 
 
 def choices(runs: Path = RUNS) -> dict[str, Choice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import Parameter, signature
@@ -20,6 +21,7 @@ from cmlab.demo.results import Results
 from cmlab.demo.uploads import EMPTY, LARGEST_BYTES, canvas, on_canvas, read_canvas
 
 WAITING = 32  # jobs in the queue at most; one is done at a time
+PAUSE = 0.3  # seconds between two signs of life of a job
 THREADS = 8  # each keeps some MB of its own
 FIRST, FIRST_TO_EDIT = "digits-cd", "tinted-digits-cd"
 LOCAL = dict(font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -67,11 +69,13 @@ def told(job: Callable) -> Callable:
         *inputs, progress = values
         try:
             shares = job(*inputs)
-            progress(0.0, desc="starting")
+            told = time.monotonic()
             while True:
                 share = next(shares)
-                progress(min(share, 0.99), desc="drawing")
-                yield gr.skip()
+                if time.monotonic() - told > PAUSE:
+                    told = time.monotonic()
+                    progress(min(share, 0.99), desc="drawing")
+                    yield gr.skip()  # here a cancelled job ends
         except StopIteration as end:
             yield end.value
         except (ValueError, TypeError, OSError) as error:

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import tempfile
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,9 +90,10 @@ def _run_sphinx(sources: Path, output: Path, doctrees: Path) -> None:
     from sphinx.util.docutils import docutils_namespace
 
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")  # the same notebooks give the same pages
-    warnings = io.StringIO()
-    with docutils_namespace():
-        app = Sphinx(sources, None, output, doctrees, "html", SETTINGS, status=None, warning=warnings, freshenv=True)
+    told = io.StringIO()
+    with docutils_namespace(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tools to each other
+        app = Sphinx(sources, None, output, doctrees, "html", SETTINGS, status=None, warning=told, freshenv=True)
         app.build()
-    if warnings.getvalue().strip():
-        raise RuntimeError(f"the site was built with warnings:\n{warnings.getvalue().strip()}")
+    if told.getvalue().strip():
+        raise RuntimeError(f"the site was built with warnings:\n{told.getvalue().strip()}")
