@@ -22,11 +22,11 @@ from IPython.core.interactiveshell import InteractiveShell
 from cmlab.widgets.surface import Surface
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-MOVES = 12
+MOVES, LIMIT = 12, 100  # of each control; milliseconds
 
 
 def run(path: Path) -> list[ipywidgets.Widget]:
-    """Runs a lesson's code cells in this process; returns the panels that they end in or display."""
+    """Runs a lesson's code cells in this process; returns the panels that they end in."""
     shell, panels = InteractiveShell.instance(), []
     shell.user_ns.clear()
     shell.init_user_ns()
@@ -49,7 +49,7 @@ def inside(widget: ipywidgets.Widget) -> Iterator[ipywidgets.Widget]:
 
 def values(control: ipywidgets.Widget) -> list:
     """Values to move a control through; none if it is no control."""
-    shares = [(k * 0.618) % 1 for k in range(1, MOVES + 1)]  # all over the range, none twice
+    shares = [(k * 0.618) % 1 for k in range(1, MOVES + 1)]  # all over the range
     if isinstance(control, Surface):
         return [[share, 1 - share / 2, k + 1.0] for k, share in enumerate(shares)]
     if isinstance(control, ipywidgets.FloatLogSlider):
@@ -66,6 +66,8 @@ def times(control: ipywidgets.Widget) -> list[float]:
     """Milliseconds from each new value to the end of all that follows from it."""
     trait, taken = "touch" if isinstance(control, Surface) else "value", []
     for value in values(control):
+        if value == getattr(control, trait):
+            continue  # nothing would happen
         begun = time.perf_counter()
         setattr(control, trait, value)
         taken.append(1000 * (time.perf_counter() - begun))
@@ -73,7 +75,7 @@ def times(control: ipywidgets.Widget) -> list[float]:
 
 
 def main(lesson: tyro.conf.Positional[str] = "") -> None:
-    """Prints one line for every control.
+    """Prints one line for every control; the exit code is 1 if one takes more than 100 ms, by the median of its moves.
 
     Args:
         lesson: The number of one lesson; all of them without it.
@@ -89,6 +91,8 @@ def main(lesson: tyro.conf.Positional[str] = "") -> None:
     print(f"\n{'lesson':30s}{'control':12s}{'median ms':>10s}{'worst ms':>10s}")
     for stem, name, median, worst in rows:
         print(f"{stem:30s}{name:12s}{median:10.0f}{worst:10.0f}")
+    if any(median > LIMIT for _, _, median, _ in rows):
+        raise SystemExit(f"a control takes more than {LIMIT} ms")
 
 
 if __name__ == "__main__":

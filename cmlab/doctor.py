@@ -143,7 +143,7 @@ def _optional() -> Iterator[Finding]:
                    "only the browser tests need it: apt-get install chromium")  # fmt: skip
     for package, use in {
         "triton": "GPU kernels",
-        "diffusers": "interoperation with diffusers", "sphinx-book-theme": "cmlab site",
+        "diffusers": "interoperation with diffusers", "myst-nb": "cmlab site", "sphinx-book-theme": "cmlab site",
     }.items():  # fmt: skip
         found = _version(package)
         yield Finding(

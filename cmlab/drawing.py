@@ -46,8 +46,8 @@ class Drawing:
 
     steps: network calls of a consistency model (1 without it), steps of a diffusion sampler (18); levels: the noise levels themselves
     instead. labels are drawn in turn; all classes without them. batch is how many a network call draws. generator: a stream by the
-    released code's name; without it each picture has a stream of its own, the same for any num. Raises ValueError for what does
-    not fit the model.
+    released code's name, with which pictures depend on num too ("dummy": on everything). Raises ValueError for what does not fit the
+    model.
     """
 
     model: torch.nn.Module
@@ -133,9 +133,9 @@ def _classes(model, num: int, labels: tuple[int, ...]) -> Tensor | None:
         if labels:
             raise ValueError("labels were given to a model without classes; leave --labels out")
         return None
-    chosen = torch.tensor(labels or tuple(range(count)))
-    if not ((chosen >= 0) & (chosen < count)).all():
+    if not all(0 <= label < count for label in labels):
         raise ValueError(f"labels must lie in 0 … {count - 1}, got {' '.join(map(str, labels))}")
+    chosen = torch.tensor(labels or tuple(range(count)))
     return chosen.repeat(num // len(chosen) + 1)[:num]
 
 

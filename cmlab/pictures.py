@@ -44,10 +44,11 @@ def edit_picture(
     **options,
 ) -> Tensor:  # fmt: skip
     """As edited, of pictures by their names (see read_picture), a mask by its (see read_mask), and a diffusion model by its."""
+    check_edit(model, task, len(images))
     read = [read_picture(model, image) for image in images]
     classes = edit_labels(model, [label if label is not None else own for _, own in read])
     options["teacher"] = None if denoiser is None else load_model(denoiser)
-    if known("task", task, TASKS) == "inpaint":
+    if task == "inpaint":
         options["mask"] = read_mask(mask, *model.info["shape"][1:])
     return end_of(edited(model, task, torch.stack([picture for picture, _ in read]), classes, **options))
 
@@ -55,34 +56,46 @@ def edit_picture(
 def edited(
     model, task: str, pictures: Tensor, labels: Tensor | None, mask: Tensor | None = None, factor: int = 4,
     sigma: float = 1.0, steps: int = 10, num: int = 8, seed: int = 0, teacher: Denoiser | None = None,
+    batch: int | None = None,
 ) -> Iterator[float]:  # fmt: skip
     """Edits a picture (1, C, H, W), yields the share that is done, and returns (num + 2, C, H, W): it, what is known of it, num results.
 
     interpolate takes two pictures and puts num between them, with teacher, a diffusion model, to find their noises. mask (H, W),
-    0 where inpaint fills in; labels as many as pictures, or None. Raises ValueError for what does not fit.
+    0 where inpaint fills in; labels as many as pictures, or None; batch: results a network call.
+    Raises ValueError for what does not fit.
     """
-    known("task", task, TASKS)
-    if model.kind != ConsistencyModel.kind:
-        raise ValueError(f"editing needs a consistency model, got a {model.kind}")
-    wanted = 2 if task == "interpolate" else 1
-    if len(pictures) != wanted:
-        raise ValueError(f"{task} takes {wanted} picture{'s' * (wanted > 1)}, got {len(pictures)}")
+    check_edit(model, task, len(pictures))
     whole("num", num)
     whole("steps", steps)
+    device = next(model.parameters()).device
+    pictures, labels = pictures.to(device), None if labels is None else labels.to(device)
     if task == "interpolate":
         return (yield from _between(model, pictures, labels, teacher, num, steps))
     if task in ("denoise", "stroke") and not model.sigma_min < sigma <= model.sigma_max:
         raise ValueError(
             f"sigma must lie above {model.sigma_min:g}, up to the model's {model.sigma_max:g}, got {sigma:g}"
         )
-    operator = _operator(task, mask, factor, sigma)
+    operator = _operator(task, None if mask is None else mask.to(device), factor, sigma)
     measured = operator.measure(pictures, torch.Generator().manual_seed(seed))
-    start = sigma if task in ("denoise", "stroke") else model.sigma_max
-    states = editing.edit_states(
-        model, operator, measured.repeat(num, 1, 1, 1), levels_for(model, steps, start),
-        labels=None if labels is None else labels.repeat(num), generator=Streams(num, seed, stride=STRIDE),
-    )  # fmt: skip
-    return torch.cat([pictures, measured, (yield from shares(states, steps))])
+    levels = levels_for(model, steps, sigma if task in ("denoise", "stroke") else model.sigma_max)
+    stream, row = Streams(num, seed, stride=STRIDE), [pictures, measured]
+    for first in range(0, num, batch or num):
+        stream.set_done_samples(first)
+        count = min(batch or num, num - first)
+        given = measured.repeat(count, 1, 1, 1), levels, None if labels is None else labels.repeat(count)
+        states = editing.edit_states(model, operator, *given, generator=stream)
+        row.append((yield from shares(states, steps, first, count, num)))
+    return torch.cat(row).cpu()
+
+
+def check_edit(model, task: str, pictures: int) -> None:
+    """Raises ValueError for a task that is none, a model that cannot edit, and for too many pictures or too few."""
+    known("task", task, TASKS)
+    if model.kind != ConsistencyModel.kind:
+        raise ValueError(f"editing needs a consistency model, got a {model.kind}")
+    wanted = 2 if task == "interpolate" else 1
+    if pictures != wanted:
+        raise ValueError(f"{task} takes {wanted} picture{'s' * (wanted > 1)}, got {pictures}")
 
 
 def read_picture(model, name: str) -> tuple[Tensor, int | None]:
@@ -127,6 +140,8 @@ def edit_labels(model, labels: list[int | None]) -> Tensor | None:
         return None
     if None in labels:
         raise ValueError(f"this model is class-conditional: say what the picture shows, label 0 … {count - 1}")
+    if not all(0 <= label < count for label in labels):
+        raise ValueError(f"labels must lie in 0 … {count - 1}, got {' '.join(map(str, labels))}")
     return torch.tensor(labels)
 
 
@@ -177,11 +192,13 @@ def _between(
     sigmas = karras_sigmas(max(steps, 2), model.sigma_min, model.sigma_max)
     if labels is not None and labels[0] != labels[1]:
         raise ValueError(f"interpolate needs two pictures of one class, got {labels[0]} and {labels[1]}")
-    noises = yield from editing.noise_states(teacher, pictures, sigmas, labels)
-    way = editing.interpolate(
-        model, noises[:1], noises[1:], torch.linspace(0, 1, num), None if labels is None else labels[:1]
-    )
-    return torch.cat([pictures[:1], way[:, 0], pictures[1:]])
+    noises, way = (yield from editing.noise_states(teacher, pictures, sigmas, labels)), []
+    for weight in torch.linspace(0, 1, num):
+        way.append(
+            editing.interpolate(model, noises[:1], noises[1:], weight, None if labels is None else labels[:1])[0]
+        )
+        yield 1.0
+    return torch.cat([pictures[:1], *way, pictures[1:]]).cpu()
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Iterable, Sequence
 
@@ -54,14 +52,6 @@ def png(figure) -> bytes:
     figure.savefig(buffer, format="png")
     plt.close(figure)
     return buffer.getvalue()
-
-
-def img_tag(figure, caption: str, width: int | None = None) -> str:
-    """The figure as a self-contained HTML <img> with alternative text, for widgets."""
-    size = f' width="{width}"' if width else ""
-    return (
-        f'<img alt="{html.escape(caption)}"{size} src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}">'
-    )
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

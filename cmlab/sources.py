@@ -290,13 +290,15 @@ def _tried(read: Callable) -> Any:
         raise ValueError(f"no picture: {type(error).__name__}: {error}") from error
 
 
-def picture(data: bytes, most: int | None = None, alpha: bool = False) -> Image.Image:
+def picture(
+    data: bytes, most: int | None = None, formats: tuple[str, ...] | None = None, alpha: bool = False
+) -> Image.Image:
     """The image, RGB or grey (L), that the bytes of a picture file hold, upright: turned as its EXIF note says.
 
-    Transparency is dropped, or with alpha kept: RGBA. Raises ValueError for bytes that hold no picture, or one of more than `most`
-    pixels, which is not decoded.
+    Transparency is dropped, or with alpha kept: RGBA. formats: those to try, of Pillow's names; all without it. Raises ValueError for
+    bytes that hold no picture, or one of more than `most` pixels, which is not decoded.
     """
-    image = _tried(lambda: Image.open(io.BytesIO(data)))
+    image = _tried(lambda: Image.open(io.BytesIO(data), formats=formats))
     if most is not None and image.width * image.height > most:
         raise ValueError(f"the picture has {image.width} x {image.height} pixels; {most:,} are accepted at most")
     _tried(image.load)

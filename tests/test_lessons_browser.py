@@ -38,6 +38,8 @@ def test_every_live_control_of_a_lesson_redraws_its_picture(lesson, lab, open_pa
         sliders, surfaces = widget.locator(".widget-slider"), widget.locator(".cmlab-surface")
         for j in range(sliders.count()):
             changes(page, widget, lambda: drag(page, sliders.nth(j), far_end(sliders.nth(j))))  # noqa: B023
+        for menu in widget.locator("select").all():
+            changes(page, widget, lambda: menu.select_option(index=1))  # noqa: B023
         for j in range(surfaces.count()):
             changes(page, widget, lambda: drag_over(page, surfaces.nth(j), (0.25, 0.7), (0.4, 0.75)))  # noqa: B023
             changes(page, widget, lambda: [surfaces.nth(j).press(key) for key in ("ArrowLeft", "ArrowUp", " ")])  # noqa: B023

@@ -98,16 +98,19 @@ def test_code_and_formulas_are_no_links():
     assert manuscript.linked_names("```\n`cmlab.train`\n```") == "```\n`cmlab.train`\n```"
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
+@pytest.mark.parametrize("others", [["mine.txt"], ["searchindex.js"], [".cmlab-site", ".git"]])
+def test_a_folder_with_something_else_is_left_alone(others, tmp_path, capsys):
+    for name in others:
+        (tmp_path / name).write_text("mine")
     assert main(["site", "--output", str(tmp_path)]) == 1
     assert "holds something else than a site" in capsys.readouterr().err
-    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
 
 
 def test_a_broken_reference_stops_the_build_and_the_old_site_stays(tmp_path, monkeypatch):
     output = tmp_path / "html"
     output.mkdir()
+    (output / ".cmlab-site").touch()
     (output / "searchindex.js").write_text("old")
     monkeypatch.setattr("cmlab.site.builder.write_sources", lambda home, folder: few_sources(folder))
     with pytest.raises(RuntimeError, match="with warnings(.|\n)*nowhere"):

@@ -83,7 +83,7 @@ def test_clicks_on_the_axis_labels_stay_inside_the_plot(ode):
 
 def test_the_consistency_viewer_tells_how_far_the_answers_spread():
     student, teacher = cmlab.load("digits-cd"), cmlab.load("digits-edm")
-    viewer = ConsistencyViewer(teacher, student, 20 * draws(1, 1, 8, 8) / 20, torch.tensor([3]))
+    viewer = ConsistencyViewer(teacher, student, draws(1, 1, 8, 8), torch.tensor([3]))
     first = shown(viewer)
     viewer.level.value = 17
     assert (shown(viewer) != first).any() and "from the one at the end" in said(viewer)

@@ -10,6 +10,7 @@ os.environ.setdefault("GRADIO_SSR_MODE", "False")  # no node server beside it
 if "GRADIO_TEMP_DIR" not in os.environ:  # uploads and results: nobody else's to read, and gone at the end
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="cmlab-app-")
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+os.makedirs(os.environ["GRADIO_TEMP_DIR"], exist_ok=True)
 
 from cmlab.demo.page import build, launch  # noqa: E402
 

@@ -15,7 +15,7 @@ from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.weights import read_json
 
 RUNS = Path("runs")
-KEPT_BYTES = 4 << 30  # of models in memory, besides the one in use: the largest takes 2.2 GB
+KEPT_BYTES = 5 << 30  # of models in memory, if more than one: the largest take 2.2 GB
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Choice:
 
     @property
     def info(self) -> dict:
-        """The part of a model's info that says which published levels are its own."""
-        return {"facts": {"released": self.name}}
+        """What a model's info says, as far as it is known here."""
+        facts = {"released": self.name}
+        return {"data": self.data, "shape": self.shape, "num_classes": self.num_classes, "facts": facts}
 
     @property
     def consistency(self) -> bool:
@@ -83,21 +84,26 @@ def missing() -> list[tuple[str, str]]:
 
 
 def teacher_of(choice: Choice, runs: Path = RUNS) -> Choice | None:
-    """The diffusion model of the same data and network, or of the same data, that is here; the first of the list."""
+    """A diffusion model that is here and takes the same pictures and classes: the namesake, or the first of the list; None without one."""
     fitting = [
         other
         for other in choices(runs).values()
-        if not other.consistency and (other.data, other.shape) == (choice.data, choice.shape)
+        if not other.consistency and choice.data is not None and _interface(other) == _interface(choice)
     ]
     namesake = choice.name.replace("-cd", "-edm").replace("-ct", "-edm")
     return next((other for other in fitting if other.name == namesake), next(iter(fitting), None))
+
+
+def _interface(choice: Choice) -> tuple:
+    return choice.data, choice.shape, choice.num_classes
 
 
 def _own(runs: Path) -> dict[str, Path]:
     """Saved models in a folder of runs, whose files truly lie there: a link may not lead out."""
     inside, found = runs.resolve(), {}
     for config in sorted(runs.glob(f"*/model/{checkpoints.CONFIG}")):
-        if config.resolve().is_relative_to(inside):
+        files = config, config.with_name(checkpoints.WEIGHTS)
+        if all(file.resolve().is_relative_to(inside) for file in files):
             found[config.parent.as_posix()] = config.parent
     return found
 
@@ -110,7 +116,7 @@ def _of_folder(name: str, folder: Path) -> Choice | None:
         levels = float(config["sigma_min"]), float(config["sigma_max"])
     except (ValueError, KeyError, TypeError, OSError):
         return None
-    if kind not in (Denoiser.kind, ConsistencyModel.kind) or len(shape) != 3:
+    if kind not in (Denoiser.kind, ConsistencyModel.kind) or len(shape) != 3 or not isinstance(classes, int | None):
         return None
     return Choice(name, folder, kind, shape, classes, config.get("data"), *levels)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,13 +15,16 @@ import gradio as gr
 import torch
 
 from cmlab import drawing, pictures
-from cmlab.data import Data, load_data
 from cmlab.demo import work
 from cmlab.demo.choices import Choice, choices, choose, missing
+from cmlab.demo.closed import close
 from cmlab.demo.results import Results
-from cmlab.demo.uploads import EMPTY, LARGEST_BYTES, canvas, on_canvas, read_canvas
+from cmlab.demo.uploads import LARGEST_BYTES, canvas, on_canvas, read_canvas
 
 WAITING = 32  # jobs in the queue at most; one is done at a time
+AT_WORK = (
+    threading.Lock()
+)  # held by who calls a model: a cancelled job ends its call after gradio has begun the next job
 PAUSE = 0.3  # seconds between two signs of life of a job
 THREADS = 8  # each keeps some MB of its own
 FIRST, FIRST_TO_EDIT = "digits-cd", "tinted-digits-cd"
@@ -29,12 +33,22 @@ TITLE = "Consistency models"
 INTRO = """# Consistency models
 Pictures from noise in one network call. Choose a model and press **Generate**; compare it with its teacher; edit pictures, which it was
 never trained for. Everything is computed on this machine."""
+SAMPLERS = [*drawing.CONSISTENCY, *drawing.DIFFUSION]
 CSS = "img { image-rendering: pixelated } .image-container { padding-top: 2rem } .gradio-container { max-width: 1100px !important }"
+HINTS = {
+    "inpaint": "Paint over what is to be filled in, in any colour. The rest stays as it is.",
+    "colorize": "The picture's brightness is kept, the colours are new. Paint is part of the picture.",
+    "super-resolve": "The picture is averaged over blocks of *factor* pixels, and given detail again. Paint is part of the picture.",
+    "denoise": "Noise of level *sigma* is put on the picture, and taken off again. Paint is part of the picture.",
+    "stroke": "Draw roughly what you want: the model makes a picture of it. A small *sigma* stays close to the drawing.",
+    "interpolate": "Pictures on the way between this one and the second. A diffusion model of the same data finds their noises.",
+}
 
 
 def build() -> gr.Blocks:
     """The page. Every job is a function of its inputs: two visitors share nothing but the models."""
-    results = Results(Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])))  # gradio serves what lies there
+    close()
+    results = Results(Path(os.environ["GRADIO_TEMP_DIR"]) / "results")  # gradio serves what lies there
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         gr.Markdown(INTRO)
         with gr.Tab("Generate"):
@@ -49,11 +63,14 @@ def build() -> gr.Blocks:
     return demo.queue(default_concurrency_limit=1, max_size=WAITING)
 
 
-def launch(demo: gr.Blocks, port: int | None = None, open_page: bool = False, **options):
-    """Serves the page on this machine only, and waits; options go to gradio's launch. port: 7860, or the next free one."""
-    return demo.launch(
+def launch(demo: gr.Blocks, port: int | None = None, open_page: bool = False) -> None:
+    """Serves the page on this machine only, until Ctrl-C or SIGTERM. port: 7860, or the next free one."""
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ends as Ctrl-C does: what was uploaded and made is removed
+    demo.launch(
         server_name="127.0.0.1", server_port=port, inbrowser=open_page, share=False, max_threads=THREADS, max_file_size=LARGEST_BYTES,
-        theme=gr.themes.Default(**LOCAL), css=CSS, footer_links=["api"], **options,
+        theme=gr.themes.Default(**LOCAL), css=CSS, footer_links=["api"], run_history=False,
     )  # fmt: skip
 
 
@@ -62,24 +79,30 @@ def launch(demo: gr.Blocks, port: int | None = None, open_page: bool = False, **
 
 def told(job: Callable) -> Callable:
     """The generator function job, with errors of the input shown in the page, and a progress bar for the shares that it yields."""
-
     bar = Parameter("progress", Parameter.POSITIONAL_OR_KEYWORD, default=gr.Progress())
 
     def run(*values):
         *inputs, progress = values
         try:
+            progress(0.0, desc="reading the model")
             shares = job(*inputs)
-            told = time.monotonic()
+            last = time.monotonic()
             while True:
-                share = next(shares)
-                if time.monotonic() - told > PAUSE:
-                    told = time.monotonic()
+                with AT_WORK:
+                    share = next(shares)
+                if time.monotonic() - last > PAUSE:
+                    last = time.monotonic()
                     progress(min(share, 0.99), desc="drawing")
                     yield gr.skip()  # here a cancelled job ends
         except StopIteration as end:
             yield end.value
-        except (ValueError, TypeError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except (
+            ValueError,
+            TypeError,
+            OSError,
+            RuntimeError,
+        ) as error:  # the last one is torch's, out of memory for example
+            raise gr.Error(str(error).split("\n")[0], print_exception=False) from error
 
     # gradio reads off it what to call the inputs in the interface for programs, and where the progress goes
     run.__signature__ = signature(job).replace(parameters=[*signature(job).parameters.values(), bar])
@@ -113,6 +136,11 @@ def class_field(choice: Choice, otherwise: str = "all in turn if empty") -> dict
     return dict(value="", placeholder=f"0 … {choice.num_classes - 1}; {otherwise}", interactive=True)
 
 
+def consistency_models() -> list[str]:
+    """The names of those that compare and edit."""
+    return [name for name, choice in choices().items() if choice.consistency]
+
+
 def read_classes(text: str) -> tuple[int, ...]:
     """The classes that the field says, "3" or "3 5 7"; none if it is empty. Raises ValueError for anything but numbers."""
     try:
@@ -142,10 +170,10 @@ def _generate_tab(demo: gr.Blocks, results: Results) -> None:
     first = choose(FIRST)
     with gr.Row():
         with gr.Column():
-            model = gr.Dropdown(list(choices()), value=FIRST, label="model", elem_id="model")
+            model = gr.Dropdown(list(choices()), value=FIRST, allow_custom_value=True, label="model", elem_id="model")
             with gr.Row():
                 sampler = gr.Dropdown(SAMPLERS, value="multistep", label="sampler", elem_id="sampler")
-                steps = gr.Slider(1, 80, value=1, step=1, precision=0, label="steps", elem_id="steps")
+                steps = gr.Slider(1, work.MOST_STEPS, value=1, step=1, precision=0, label="steps", elem_id="steps")
             plan = gr.Markdown(describe_plan(FIRST, "multistep", 1, ""), elem_id="plan")
             with gr.Row():
                 label = gr.Textbox(**class_field(first), label="class", elem_id="class")
@@ -154,9 +182,9 @@ def _generate_tab(demo: gr.Blocks, results: Results) -> None:
             with gr.Accordion("As the released code names them", open=False):
                 timesteps = gr.Textbox("", label="timesteps (ts)", info="0,22,39 or 0,106,200 of 201; instead of steps")
                 names = ["determ-indiv", "determ", "dummy"]
-                info = "a stream for each picture, one for all, or fresh numbers every time"
+                info = "a stream for each picture, one for all, or fresh numbers, whatever the seed"
                 generator = gr.Dropdown(names, value=names[0], label="generator", info=info)
-                dropout = gr.Slider(0, 0.9, value=0, step=0.05, label="dropout", info="the papers sample with 0")
+                dropout = gr.Slider(0, 0.9, value=0, step=0.05, label="dropout", info="the released sampler has none")
             start, cancel = buttons("Generate")
         with gr.Column():
             sheet = shown("pictures", elem_id="sheet")
@@ -169,9 +197,6 @@ def _generate_tab(demo: gr.Blocks, results: Results) -> None:
     demo.load(for_model, model, [sampler, steps, label], api_visibility="private")
     inputs = [model, sampler, steps, label, seed, num, timesteps, generator, dropout]
     job_of(start, cancel, partial(generate, results), inputs, [sheet, said, files], "generate")
-
-
-SAMPLERS = [*drawing.CONSISTENCY, *drawing.DIFFUSION]
 
 
 def for_model(name: str) -> tuple[dict, dict, dict]:
@@ -188,7 +213,7 @@ def describe_plan(name: str, sampler: str, steps: int, timesteps: str) -> str:
     """The noise levels that steps and timesteps mean, as a sentence."""
     try:
         choice = choose(name)
-        levels = work.read_timesteps(timesteps, choice.sigma_min, choice.sigma_max) if choice.consistency else None
+        levels = work.levels_of(choice, timesteps)
         levels = levels or drawing.plan(choice, steps, sampler)[1]
     except ValueError as error:
         return f"⚠ {error}"
@@ -204,7 +229,7 @@ def generate(
     """The Generate button: the sheet, the cost, and the files."""
     made = yield from work.generate(
         model, sampler, steps, timesteps, generator, dropout, read_classes(label), seed, num
-    )  # fmt: skip
+    )
     files = results.keep(made)
     levels = ", ".join(f"{level:.3g}" for level in made.levels[:8])
     return str(files[0]), f"{made.said}; σ {levels}{' …' * (len(made.levels) > 8)}", [str(file) for file in files]
@@ -214,9 +239,14 @@ def generate(
 
 
 def _compare_tab(demo: gr.Blocks, results: Results) -> None:
-    models = [name for name, choice in choices().items() if choice.consistency]
     with gr.Row():
-        model = gr.Dropdown(models, value=FIRST, label="consistency model", elem_id="compare-model")
+        model = gr.Dropdown(
+            consistency_models(),
+            value=FIRST,
+            allow_custom_value=True,
+            label="consistency model",
+            elem_id="compare-model",
+        )
         label = gr.Textbox(**class_field(choose(FIRST)), label="class", elem_id="compare-class")
         seed = gr.Number(0, precision=0, minimum=0, maximum=work.LARGEST_SEED, label="seed", elem_id="compare-seed")
         num = gr.Slider(1, 16, value=8, step=1, precision=0, label="pictures", elem_id="compare-num")
@@ -225,6 +255,7 @@ def _compare_tab(demo: gr.Blocks, results: Results) -> None:
     sheets = [shown(name, height=120) for name in names]
     said = gr.Markdown(elem_id="compared")
     model.change(lambda name: gr.update(**class_field(choose(name))), model, label, api_visibility="private")
+    demo.load(lambda: gr.update(choices=consistency_models()), outputs=model, api_visibility="private")
     job_of(start, cancel, partial(compare, results), [model, label, seed, num], [*sheets, said], "compare")
 
 
@@ -249,21 +280,25 @@ def compare(results: Results, model: str, label: str, seed: int, num: int) -> It
 
 def _edit_tab(demo: gr.Blocks, results: Results) -> None:
     first = choose(FIRST_TO_EDIT)
-    models = [name for name, choice in choices().items() if choice.consistency]
     with gr.Row():
         with gr.Column():
-            model = gr.Dropdown(models, value=FIRST_TO_EDIT, label="consistency model", elem_id="edit-model")
+            model = gr.Dropdown(
+                consistency_models(), value=FIRST_TO_EDIT, label="consistency model", elem_id="edit-model"
+            )
             task = gr.Dropdown(pictures.TASKS, value="inpaint", label="task", elem_id="task")
             hint = gr.Markdown(HINTS["inpaint"], elem_id="hint")
-            picture = canvas(on_canvas(held_out(first.data, 3)), label="picture", elem_id="canvas")
+            picture = canvas(on_canvas(held_out(first, 3)[0]), label="picture", elem_id="canvas")
             with gr.Row():
                 number = gr.Number(3, precision=0, minimum=0, label="held-out picture", elem_id="held-out")
                 take, blank = gr.Button("Take it", elem_id="take"), gr.Button("Empty canvas", elem_id="blank")
-            second = canvas(EMPTY, label="second picture", visible=False, elem_id="second")
+            with gr.Column(visible=False) as beside:  # a canvas that is updated would forget how it reads pictures
+                second = canvas(on_canvas(held_out(first, 4)[0]), label="second picture", elem_id="second")
         with gr.Column():
             label = gr.Textbox(**class_field(first, "needed"), label="class of the picture", elem_id="edit-class")
             with gr.Row():
-                steps = gr.Slider(1, 80, value=10, step=1, precision=0, label="steps", elem_id="edit-steps")
+                steps = gr.Slider(
+                    1, work.MOST_STEPS, value=10, step=1, precision=0, label="steps", elem_id="edit-steps"
+                )
                 num = gr.Slider(1, 16, value=6, step=1, precision=0, label="results", elem_id="edit-num")
             with gr.Row():
                 factor = gr.Slider(2, 16, value=4, step=1, precision=0, label="factor", info="super-resolve")
@@ -277,41 +312,29 @@ def _edit_tab(demo: gr.Blocks, results: Results) -> None:
     task.change(
         lambda name: (HINTS[name], gr.update(visible=name == "interpolate")),
         task,
-        [hint, second],
+        [hint, beside],
         api_visibility="private",
     )
     take.click(take_held_out, [model, number], [picture, label], api_visibility="private")
     blank.click(lambda: on_canvas(None), None, picture, api_visibility="private")
     inputs = [model, task, picture, second, label, steps, num, factor, sigma, seed]
+    demo.load(lambda: gr.update(choices=consistency_models()), outputs=model, api_visibility="private")
     job_of(start, cancel, partial(edit, results), inputs, [sheet, said, files], "edit")
 
 
-HINTS = {
-    "inpaint": "Paint over what is to be filled in, in any colour. The rest stays as it is.",
-    "colorize": "The picture's brightness is kept, the colours are new. Paint is part of the picture.",
-    "super-resolve": "The picture is averaged over blocks of *factor* pixels, and given detail again. Paint is part of the picture.",
-    "denoise": "Noise of level *sigma* is put on the picture, and taken off again. Paint is part of the picture.",
-    "stroke": "Draw roughly what you want: the model makes a picture of it. A small *sigma* stays close to the drawing.",
-    "interpolate": "Pictures on the way between this one and the second. A diffusion model of the same data finds their noises.",
-}
-
-
-def held_out(data: str | None, number: int, with_label: bool = False):
-    """A picture that models of that data set have not seen. Raises ValueError where nothing was held back, or not so many."""
-    loaded = load_data(data) if data is not None else None
-    if not isinstance(loaded, Data):
-        raise ValueError("of this model's data nothing was held back: upload a picture")
-    if not 0 <= number < len(loaded.held_out):
-        raise ValueError(f"held-out pictures are numbered 0 … {len(loaded.held_out) - 1}, got {number}")
-    return (loaded.held_out[number], int(loaded.held_out_labels[number])) if with_label else loaded.held_out[number]
+def held_out(choice: Choice, number: int) -> tuple[torch.Tensor, int]:
+    """A picture that the model has not seen, and its class. Raises ValueError where nothing was held back, or not so many."""
+    if choice.data is None:
+        raise ValueError(f"nothing is known of the data of {choice.name}: upload a picture")
+    return pictures.read_picture(choice, f"held-out:{number}")
 
 
 def take_held_out(model: str, number: int) -> tuple[dict, dict]:
     """The Take it button: a held-out picture on the canvas, and its class where the model wants one."""
     try:
         choice = choose(model)
-        picture, label = held_out(choice.data, number, with_label=True)
-    except (ValueError, TypeError) as error:
+        picture, label = held_out(choice, number)
+    except (ValueError, TypeError, OSError) as error:
         raise gr.Error(str(error), print_exception=False) from error
     return on_canvas(picture), gr.update() if choice.num_classes is None else gr.update(value=str(label))
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from cmlab import drawing, pictures
 from cmlab.checks import whole, within
-from cmlab.demo.choices import choose, teacher_of
+from cmlab.demo.choices import Choice, choose, teacher_of
 from cmlab.noise import karras_sigmas
 from cmlab.streams import seeded
 
-MOST_PICTURES, MOST_STEPS, LARGEST_SEED = 64, 200, 2**31 - 1
+MOST_PICTURES, MOST_STEPS, LARGEST_SEED = 64, 80, 2**31 - 1
 BATCH_NUMBERS = 50_000  # pixels and channels a network call draws at once: a cancelled job ends after one
 
 
@@ -96,9 +96,17 @@ def read_timesteps(text: str, sigma_min: float, sigma_max: float) -> tuple[float
     except ValueError:
         raise ValueError(f"timesteps must look like 0,22,39 or 0,106,200 of 201, got {text!r}") from None
     within("the grid of timesteps", steps, 2, 10_000)
-    if len(ts) < 2 or ts != sorted(set(ts)) or ts[0] < 0 or ts[-1] != steps - 1:
-        raise ValueError(f"timesteps must rise from 0 or more to {steps - 1}, the last of {steps}, got {text!r}")
+    if len(ts) < 2 or ts != sorted(set(ts)) or ts[0] != 0 or ts[-1] != steps - 1:
+        raise ValueError(f"timesteps must rise from 0 to {steps - 1}, the last of {steps}, got {text!r}")
     return tuple(karras_sigmas(steps, sigma_min, sigma_max)[ts[:-1]].tolist())
+
+
+def levels_of(choice: Choice, timesteps: str) -> tuple[float, ...] | None:
+    """read_timesteps for a model. Raises ValueError if it is a diffusion model, and timesteps are given."""
+    levels = read_timesteps(timesteps, choice.sigma_min, choice.sigma_max)
+    if levels is not None and not choice.consistency:
+        raise ValueError(f"timesteps are for consistency models; {choice.name} takes steps")
+    return levels
 
 
 def generate(
@@ -113,18 +121,21 @@ def generate(
     if steps is not None:
         within("steps", whole("steps", steps), 1, MOST_STEPS)
     loaded = choice.load()
-    levels = read_timesteps(timesteps, loaded.sigma_min, loaded.sigma_max)
-    if levels is not None and not choice.consistency:
-        raise ValueError(f"timesteps are for consistency models; {model} takes steps")
+    yield 0.0
+    levels = levels_of(choice, timesteps)
     if levels is not None:
         sampler, steps = "multistep" if len(levels) > 1 else "onestep", len(levels)
     watched = Watched(loaded, dropout, None if generator == "dummy" else seed)
-    batch = max(1, BATCH_NUMBERS // math.prod(choice.shape))
+    batch = _batch(choice)
     plan = drawing.Drawing(watched, num, steps, sampler, seed, labels, batch, generator, levels)
     begun = time.perf_counter()
     images, classes = yield from plan.drawn(0, num)
     calls = watched.calls // -(-num // batch)
     return Made(images, classes, num, calls, time.perf_counter() - begun, plan.plan()[1])
+
+
+def _batch(choice: Choice) -> int:
+    return max(1, BATCH_NUMBERS // math.prod(choice.shape))
 
 
 def compare(model: str, labels: tuple[int, ...] = (), seed: int = 0, num: int = 8, teacher_steps: int = 18) -> Iterator:
@@ -170,11 +181,12 @@ def edit(
     if len(labels) > 1:
         raise ValueError(f"a picture is of one class, got {labels}")
     classes = pictures.edit_labels(watched, [labels[0] if labels else None] * len(images))
-    begun = time.perf_counter()
+    yield 0.0
+    begun, batch = time.perf_counter(), _batch(choice)
     row = yield from pictures.edited(
-        watched, task, images, classes, mask, factor, sigma, steps, num, seed, finder
+        watched, task, images, classes, mask, factor, sigma, steps, num, seed, finder, batch
     )  # fmt: skip
     seconds = time.perf_counter() - begun
     if finder is None:
-        return Made(row, None, num, watched.calls, seconds, [])
+        return Made(row, None, num, watched.calls // -(-num // batch), seconds, [])
     return Made(row, None, num, 1, seconds, [], teacher_calls=finder.calls)

@@ -15,6 +15,7 @@ from cmlab.site.links import dead_links
 from cmlab.site.manuscript import write_sources
 from cmlab.tour import lessons_folder
 
+MARK = ".cmlab-site"  # in a folder that may be replaced
 NEEDED = ("myst_nb", "sphinx_book_theme")
 SETTINGS = {
     "project": "Consistency models, step by step",
@@ -56,33 +57,41 @@ def build(output: Path, home: Path | None = None) -> Path:
         sources, fresh = Path(work) / "sources", Path(work) / "html"
         write_sources(home, sources)
         _run_sphinx(sources, fresh, Path(work) / "doctrees")
-        shutil.copytree(home / "notebooks", fresh / "_sources" / "lessons", dirs_exist_ok=True, ignore=_no_notebook)
+        for page in (fresh / "_sources" / "lessons").rglob("*.ipynb"):  # to download: the notebooks as they are
+            shutil.copyfile(home / "notebooks" / page.relative_to(fresh / "_sources" / "lessons"), page)
         dead = dead_links(fresh)
         if dead:
             raise RuntimeError("links that lead nowhere: " + "; ".join(dead))
-        if output.exists():
-            shutil.rmtree(output)
-        shutil.copytree(fresh, output)
+        (fresh / MARK).touch()
+        _put(fresh, output.absolute())
     return output / "index.html"
+
+
+def _put(fresh: Path, output: Path) -> None:
+    """Copies a built site beside output, and only then gives it the name."""
+    partial, previous = (output.with_name(f".{output.name}.{kind}") for kind in ("partial", "previous"))
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
+    shutil.copytree(fresh, partial)
+    if output.exists():
+        output.rename(previous)
+    partial.rename(output)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _check(home: Path, output: Path) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ValueError(f"the site needs {', '.join(missing)}: pip install 'cmlab[site]'")
+        raise ValueError(f"the site needs {', '.join(missing)}: pip install -e '.[site]' in the repository")
     if not (home / "README.md").is_file():
         raise ValueError(f"the site is built from a copy of the repository: there is no README.md in {home}")
-    if output.exists() and any(output.iterdir()) and not (output / "searchindex.js").is_file():
-        raise ValueError(f"{output} holds something else than a site; name another folder, or empty it")
-
-
-def _no_notebook(folder: str, names: list[str]) -> list[str]:
-    """What is not given to download beside a lesson: all but the notebooks themselves, as they are."""
-    return [
-        name
-        for name in names
-        if (Path(folder) / name).is_file() and not name.endswith(".ipynb") or name.startswith(".")
-    ]
+    others = (
+        {path.name for path in output.iterdir() if path.name.startswith(".")} - {MARK, ".buildinfo"}
+        if output.is_dir()
+        else set()
+    )
+    if output.exists() and (others or not (output / MARK).is_file()) and any(output.iterdir()):
+        raise ValueError(f"{output} holds something else than a site of this command; name another folder, or empty it")
 
 
 def _run_sphinx(sources: Path, output: Path, doctrees: Path) -> None:

@@ -18,7 +18,7 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         for name, value in attributes:
-            if name in ("id", "name") and value:
+            if value and (name == "id" or (name == "name" and tag == "a")):
                 self.anchors.add(value)
             if value and (name == "src" or (name == "href" and tag in ("a", "link"))):
                 self.links.append(value)

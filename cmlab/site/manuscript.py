@@ -98,8 +98,8 @@ def _outputs(outputs: list, target: Path, cell: int) -> list:
             if not PROGRESS.match(data.get("text/plain", "")):
                 kept.append(_markdown(LIVE))
         else:
-            kept.append(output)
-    return [output for output in kept if not _is_caption(output)]
+            kept.append(_without_caption(output))
+    return [output for output in kept if output.output_type != "stream" or output.text]
 
 
 def _figure(output, target: Path, name: str):
@@ -118,9 +118,11 @@ def _markdown(text: str):
     return nbformat.v4.new_output("display_data", {"text/markdown": text})
 
 
-def _is_caption(output) -> bool:
-    """The line that plots.show prints below a figure, for who sees no metadata."""
-    return output.output_type == "stream" and output.text.startswith("Figure: ") and output.text.count("\n") <= 1
+def _without_caption(output):
+    """An output without the lines that plots.show prints below figures, for who sees no metadata."""
+    if output.output_type == "stream":
+        output.text = re.sub(r"^Figure: .*\n?", "", output.text, flags=re.M)
+    return output
 
 
 def linked_lessons(text: str, pages: dict[str, str], own: str) -> str:

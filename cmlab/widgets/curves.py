@@ -16,6 +16,7 @@ from cmlab.widgets.explore import explore
 from cmlab.widgets.sketch import Sketch
 
 EDGES = np.linspace(-3, 2, 31)  # of the histogram of noise levels, log10
+COLOURS = (PALETTE[1], ACCENT, PALETTE[2])
 DRAWN, HIGHEST = 800, 250  # pairs of levels; the histogram's upper end, which a coarse grid's bars pass
 
 
@@ -27,7 +28,9 @@ class CurriculumViewer(ipywidgets.VBox):
 
     def __init__(self, objectives: dict, total: int = 1000, seed: int = 0):
         self._objectives, self._total, self._seed = objectives, total, seed
-        self._colours = dict(zip(objectives, (PALETTE[1], ACCENT, PALETTE[2]), strict=False))
+        if not 1 <= len(objectives) <= len(COLOURS):
+            raise ValueError(f"objectives must be one to {len(COLOURS)}, got {len(objectives)}")
+        self._colours = dict(zip(objectives, COLOURS, strict=False))
         self._sketch = self._draw_still()
         self.progress = ipywidgets.FloatSlider(value=0.3, min=0, max=1, step=0.02, description="k/K")
         caption = "Number of levels, target decay and the noise levels that are drawn, at this point of training."
@@ -113,7 +116,7 @@ class QualityExplorer(ipywidgets.VBox):
         (self._mark,) = ax.plot([], [], "o", ms=12, mfc="none", mec="black", mew=1.5)
         first = next(iter(self._curves.values()))[0].images
         self._image = self._sheet.imshow(self._tiled(first), cmap="gray", vmin=0, vmax=255)
-        self._title = self._sheet.set_title(" ", fontsize=9)
+        self._title = self._sheet.set_title(" ", fontsize=8)
         self._sheet.axis("off")
         return Sketch(figure, [self._mark, self._image, self._title])
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from torch import Tensor
 
-from cmlab.plots import ACCENT, draw_images, png
+from cmlab.plots import ACCENT, draw_images, png, show
 from cmlab.recipes import Recipe, get_recipe
 from cmlab.training import Record, train
 from cmlab.widgets.explore import image, sentence, status
@@ -40,6 +40,7 @@ def train_live(
     with interrupts_press(view):
         for record in train(recipe, look_every=look_every, stop=view.stopped, **options):
             view.see(record, draw)
+    view.settle()
     return record, view.losses
 
 
@@ -100,6 +101,14 @@ class LiveView(ipywidgets.VBox):
             self._redraw(record)
         if last:
             self.stop.disabled = True
+
+    def settle(self) -> None:
+        """Leaves the last picture as a static figure, for who reads the notebook without a kernel."""
+        self.picture.value = ""
+        show(
+            self._figure(),
+            "The loss of every step, faint, and smoothed" + "; and the newest samples." * (self._images is not None),
+        )
 
     def _redraw(self, record: Record) -> None:
         text = f"Step {record.step} of {record.total}, loss {np.mean(self.losses[-50:]):.4f}, {record.seconds:.0f} s."

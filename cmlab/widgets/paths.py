@@ -95,8 +95,8 @@ class OdeExplorer(ipywidgets.VBox):
     def _walk(self, name: str, start: Tensor, sigma: float) -> Tensor:
         """Draws the way from start (1, 2) at noise level sigma by one of the denoisers; returns its end (1, 2)."""
         denoiser, grid = self._ways[name], karras_sigmas(STEPS, self._model.sigma_min, sigma)
-        way = [state.x for state in sampling.heun_states(denoiser, start / sigma, grid)]
-        end = sampling.sample_heun(denoiser, way[-1] / float(grid[-1]), grid[-1:])
+        way: list[Tensor] = []
+        end = sampling.sample_heun(denoiser, start / sigma, grid, callback=lambda state: way.append(state.x))
         self._lines[name].set_data(*torch.cat([*way, end]).T)
         return end
 

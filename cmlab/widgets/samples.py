@@ -36,7 +36,7 @@ class MaskPainter(ipywidgets.VBox):
         self._model, self._pictures, self._repairs, self._brush = model, pictures, repairs, brush
         height, width = pictures.shape[-2:]
         self.mask = torch.ones(height, width)  # 1: known, 0: to fill in
-        self._last = (0.0, 0, 0)  # stroke, row, column
+        self._last = (0.0, height // 2, width // 2)  # stroke, row, column
         self.choice = ipywidgets.IntSlider(value=0, min=0, max=len(pictures) - 1, description="picture")
         self.calls = ipywidgets.IntSlider(value=calls, min=1, max=17, description="calls")
         self.seed = ipywidgets.IntSlider(value=seed, min=0, max=max(20, seed), description="seed")

@@ -19,9 +19,9 @@ function render({ model, el }) {
   const show = () => {
     picture.src = model.get("source");
     picture.alt = model.get("alt");
-    picture.setAttribute("aria-label", model.get("label"));
+    picture.setAttribute("aria-label", `${model.get("label")} ${model.get("alt")}`);  // it is spoken in place of alt
   };
-  let stroke = 0, down = false, place = [0.5, 0.5];
+  let stroke = 0, down = false, place = model.get("touch").slice(0, 2);
   const send = (number) => {
     place = place.map((share) => Math.min(Math.max(share, 0), 0.9999));
     model.set("touch", [...place, number]);
@@ -33,7 +33,7 @@ function render({ model, el }) {
   };
   picture.addEventListener("pointerdown", (event) => {
     down = true;
-    stroke += 1;
+    stroke = Date.now();  // a number that no other view of this picture has used
     picture.setPointerCapture(event.pointerId);
     at(event);
     send(stroke);
@@ -45,7 +45,7 @@ function render({ model, el }) {
   const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   picture.addEventListener("keydown", (event) => {
     if (event.key in moves) place = place.map((share, k) => share + moves[event.key][k] * model.get("step"));
-    else if (event.key === " " || event.key === "Enter") stroke += 1;
+    else if (event.key === " " || event.key === "Enter") stroke = Date.now();
     else return;
     event.preventDefault();
     event.stopPropagation();
