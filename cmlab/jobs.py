@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +60,8 @@ def run(
     if known("tracker", tracker, TRACKERS) == "wandb" and find_spec("wandb") is None:
         raise ValueError("tracker wandb is not installed: pip install wandb, or leave --tracker out for tensorboard")
     watch = Watch(folder, tracker, metrics_samples, sheet)
+    if ranks() > 1:
+        signal.signal(signal.SIGTERM, told_to_stop)
     records = training.train(plan, folder=folder, resume=resume, look_every=look_every, **options)
     try:
         with tqdm(total=plan.iterations, unit="step", disable=not is_main()) as bar:
@@ -68,7 +71,7 @@ def run(
                 watch.see(record)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped: the last saved state is in {folder}") from None
-    except RuntimeError as error:
+    except RuntimeError as error:  # of the connection, or of told_to_stop
         if ranks() > 1 and any(word in str(error) for word in ("onnection", "Socket", "gloo", "NCCL")):
             raise RuntimeError(
                 f"another process of this training has ended ({str(error).splitlines()[0]}); the last saved state is in {folder}: "
@@ -114,6 +117,11 @@ class Watch:
         """Writes what is left."""
         for tracker in self.trackers or ():
             tracker.finish()
+
+
+def told_to_stop(number, frame) -> None:
+    """What torchrun's SIGTERM does, which may come before the connection to the rank that was killed breaks."""
+    raise RuntimeError("Connection lost: this process was told to stop, SIGTERM")
 
 
 def _trackers(folder: Path, name: str) -> Iterable:

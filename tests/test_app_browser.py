@@ -49,7 +49,6 @@ def server(tmp_path_factory):
 def page(server, open_page):
     page = open_page(server[0], width=1200)
     page.locator("#generate").wait_for()
-    page.wait_for_load_state("networkidle")
     yield page
     assert page.outside == []
 

@@ -12,3 +12,11 @@ def test_the_network_benchmark_runs_and_both_sides_agree():
     apart = [float(number) for number in re.findall(r"outputs differ by (\S+) of their", done.stdout)]
     assert len(apart) == 2 and apart[0] < 1e-4 and apart[1] < 0.1, "float32, bfloat16"
     assert done.stdout.count(" x as fast as diffusers") == 2 and "floor " in done.stdout
+
+
+def test_the_widgets_benchmark_moves_every_control_of_a_lesson():
+    """Times are for who reads them; what must hold is that the controls are found and moved."""
+    script = Path(__file__).parents[1] / "benchmarks" / "widgets.py"
+    done = subprocess.run([sys.executable, script, "00"], capture_output=True, text=True)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("00_start_here")]
+    assert [row[1] for row in rows] == ["sigma"] and float(rows[0][2]) > 0, done.stderr[-2000:]

@@ -33,7 +33,6 @@ TITLE = "Consistency models"
 INTRO = """# Consistency models
 Pictures from noise in one network call. Choose a model and press **Generate**; compare it with its teacher; edit pictures, which it was
 never trained for. Everything is computed on this machine."""
-SAMPLERS = [*drawing.CONSISTENCY, *drawing.DIFFUSION]
 CSS = "img { image-rendering: pixelated } .image-container { padding-top: 2rem } .gradio-container { max-width: 1100px !important }"
 HINTS = {
     "inpaint": "Paint over what is to be filled in, in any colour. The rest stays as it is.",
@@ -172,7 +171,9 @@ def _generate_tab(demo: gr.Blocks, results: Results) -> None:
         with gr.Column():
             model = gr.Dropdown(list(choices()), value=FIRST, allow_custom_value=True, label="model", elem_id="model")
             with gr.Row():
-                sampler = gr.Dropdown(SAMPLERS, value="multistep", label="sampler", elem_id="sampler")
+                sampler = gr.Dropdown(
+                    list(drawing.CONSISTENCY), value="multistep", allow_custom_value=True, label="sampler", elem_id="sampler"
+                )  # fmt: skip
                 steps = gr.Slider(1, work.MOST_STEPS, value=1, step=1, precision=0, label="steps", elem_id="steps")
             plan = gr.Markdown(describe_plan(FIRST, "multistep", 1, ""), elem_id="plan")
             with gr.Row():
@@ -194,7 +195,6 @@ def _generate_tab(demo: gr.Blocks, results: Results) -> None:
     for control in (model, sampler, steps, timesteps):
         control.change(describe_plan, [model, sampler, steps, timesteps], plan, api_visibility="private", queue=False)
     demo.load(lambda: gr.update(choices=list(choices())), outputs=model, api_visibility="private")
-    demo.load(for_model, model, [sampler, steps, label], api_visibility="private")
     inputs = [model, sampler, steps, label, seed, num, timesteps, generator, dropout]
     job_of(start, cancel, partial(generate, results), inputs, [sheet, said, files], "generate")
 

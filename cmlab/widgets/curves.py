@@ -56,7 +56,7 @@ class CurriculumViewer(ipywidgets.VBox):
         ax_n.set_yscale("log", base=2)
         ax_n.yaxis.set_major_formatter(ScalarFormatter())
         ax_mu.set_ylim(-0.03, 1.03)
-        self._ax.set(xlabel=r"$\log_{10}$ of the upper level", title=f"of {DRAWN} pairs", ylim=(0, HIGHEST))
+        self._ax.set(xlabel=r"$\log_{10}$ of the upper level", title=f"pairs drawn, of {DRAWN}", ylim=(0, HIGHEST))
         self._ax.legend(fontsize=7, loc="upper left")
         return Sketch(figure, [*self._marks, *self._hist.values()])
 
@@ -102,12 +102,18 @@ class QualityExplorer(ipywidgets.VBox):
             value=0, min=0, max=max(map(len, curves.values())) - 1, description="setting"
         )
         caption = f"{score} against network calls, and pictures of the chosen setting."
+        self.model.observe(self._limit, names="value")  # before the picture follows
         super().__init__([explore(self._draw, caption, name=self.model, setting=self.setting)])
+        self._limit()
+
+    def _limit(self, change=None) -> None:
+        """The slider ends at the chosen model's last setting."""
+        self.setting.max = len(self._curves[self.model.value]) - 1
 
     def _draw_still(self) -> Sketch:
         figure = plt.figure(figsize=(7, 3.0), layout="none")
         ax, self._sheet = figure.add_axes((0.09, 0.17, 0.43, 0.78)), figure.add_axes((0.56, 0.06, 0.43, 0.84))
-        for (name, points), colour in zip(self._curves.items(), PALETTE, strict=False):
+        for (name, points), colour in zip(self._curves.items(), COLOURS, strict=False):
             ax.loglog([p.calls for p in points], [p.score for p in points], "o-", ms=4, color=colour, label=name)
         if self._floor is not None:
             ax.axhline(self._floor, color="black", lw=1, ls=":", label="real pictures")
@@ -133,6 +139,7 @@ class QualityExplorer(ipywidgets.VBox):
         point = points[min(setting, len(points) - 1)]
         self._mark.set_data([point.calls], [point.score])
         self._image.set_data(self._tiled(point.images))
-        text = f"{name}, {point.calls} network call{'s' * (point.calls > 1)}: {self._score} {point.score:.3g}"
-        self._title.set_text(text)
+        calls = f"{point.calls} network call{'s' * (point.calls > 1)}"
+        self._title.set_text(f"{name}, {calls}: {point.score:.3g}")
+        text = f"{name}, {calls}: {self._score} {point.score:.3g}"
         return self._sketch.png(), text + "."

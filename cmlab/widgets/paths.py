@@ -105,7 +105,8 @@ class ConsistencyViewer(ipywidgets.VBox):
     """One trajectory of a denoiser's ODE from noise (1, C, H, W) to an image, and what both models answer along it.
 
     The slider walks it. Above: the noisy image, the denoiser's mean and the consistency model's picture at that level; below the
-    latter at every level, and as a number how far they lie apart: spread, the root mean square of pixels; wander is the denoiser's.
+    latter at every level, and as a number how far they lie apart: spread, the root mean square of the answers' deviations from their
+    mean, over pixels and levels; wander is the denoiser's. The noisy image is shown divided by sqrt(sigma^2 + 1).
     """
 
     def __init__(self, denoiser, model, noise: Tensor, labels: Tensor | None = None, steps: int = STEPS):

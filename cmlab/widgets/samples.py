@@ -94,8 +94,9 @@ class MaskPainter(ipywidgets.VBox):
             generator=torch.Generator().manual_seed(self.seed.value),
         )  # fmt: skip
         hidden = float((self.mask == 0).float().mean())
-        differ = float((repairs - repairs.mean(0)).square().mean().sqrt())
-        text = f"{hidden:.0%} painted over; {self._repairs} repairs with {calls} network calls each, which differ by {differ:.2f}."
+        there = (repairs - repairs.mean(0))[..., self.mask == 0]
+        differ = float(there.square().mean().sqrt()) if hidden else 0.0
+        text = f"{hidden:.0%} painted over; {self._repairs} repairs with {calls} network calls each, which differ by {differ:.2f} there."
         self.surface.set_trait("alt", f"The picture, {hidden:.0%} of it painted over.")
         self._seen, self._repaired = self._masked(measured), repairs
         self.surface.source = source(enlarged(self._seen, ZOOM))
@@ -114,7 +115,8 @@ class SamplerPlayground(ipywidgets.VBox):
     """One batch of noise through any sampler: models = {name: Denoiser or ConsistencyModel}, all of one shape.
 
     Consistency models sample by Algorithm 1, with a second call (at the level of the slider) from two calls on; denoisers by Heun's
-    method. labels (n,) where the models are conditional. most: the highest number of steps of a denoiser, whose calls take time.
+    method. After the second call each level is half the last. labels (n,) where the models are conditional. most: the slider's
+    highest number of steps, for every model: a denoiser's calls take time.
     """
 
     def __init__(
