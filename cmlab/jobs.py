@@ -60,8 +60,7 @@ def run(
     if known("tracker", tracker, TRACKERS) == "wandb" and find_spec("wandb") is None:
         raise ValueError("tracker wandb is not installed: pip install wandb, or leave --tracker out for tensorboard")
     watch = Watch(folder, tracker, metrics_samples, sheet)
-    if ranks() > 1:
-        signal.signal(signal.SIGTERM, told_to_stop)
+    before = signal.signal(signal.SIGTERM, told_to_stop) if ranks() > 1 else None
     records = training.train(plan, folder=folder, resume=resume, look_every=look_every, **options)
     try:
         with tqdm(total=plan.iterations, unit="step", disable=not is_main()) as bar:
@@ -79,6 +78,8 @@ def run(
             ) from error
         raise
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         watch.close()
     return folder / "model"
 
