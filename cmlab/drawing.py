@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -104,12 +103,7 @@ class Drawing:
 
 def shares(states: Iterator, steps: int, before: int = 0, count: int = 1, total: int = 1) -> Iterator[float]:
     """Yields the share of total pictures that is done, after each state of a batch of count; returns what the states return."""
-    for k in itertools.count(1):
-        try:
-            next(states)
-        except StopIteration as end:
-            return end.value
-        yield (before + count * k / steps) / total
+    return sampling.relayed(states, lambda k, _: (before + count * k / steps) / total)
 
 
 def draw(model, num: int, steps=None, sampler=None, seed: int = 0, labels=()) -> tuple[Tensor, Tensor | None]:

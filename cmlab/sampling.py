@@ -7,6 +7,7 @@ output to [-1, 1], as the released code does. callback(State) sees every step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -84,6 +85,16 @@ def end_of(states: Iterator, callback: Callable | None = None) -> Any:
             return end.value
         if callback is not None:
             callback(state)
+
+
+def relayed(steps: Iterator, seen: Callable[[int, Any], Any]) -> Iterator:
+    """Goes through a generator, yields seen(k, what it yields) for k = 1, 2, …, and returns what it returns."""
+    for k in itertools.count(1):
+        try:
+            yielded = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield seen(k, yielded)
 
 
 # --- diffusion samplers ---------------------------------------------------------------------------------------------

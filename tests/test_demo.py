@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import shutil
 import struct
 import threading
@@ -365,8 +364,3 @@ def test_paint_is_a_mask_where_it_covers_half_a_pixel_or_part_of_the_picture():
 def test_a_canvas_without_a_mask_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         uploads.read_canvas(value, (3, 16, 16), True)
-
-
-def test_nothing_of_the_page_asks_other_machines():
-    config = json.dumps(page.build().get_config_file(), default=str)
-    assert "googleapis" not in config and "cdn" not in config.lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,19 +61,17 @@ def _size(model: Denoiser) -> int:
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def choices(runs: Path = RUNS) -> dict[str, Choice]:
-    """Every model of pictures that is here, by name: embedded, released and fetched, saved in a folder of runs."""
-    folders = {name: checkpoints.EMBEDDED_FOLDER / name for name in checkpoints.EMBEDDED} | _own(runs)
-    found = [_of_folder(name, folder) for name, folder in folders.items()]
-    found[len(checkpoints.EMBEDDED) : len(checkpoints.EMBEDDED)] = [
-        _of_released(one) for one in RELEASED.values() if one.path.is_file()
-    ]
-    return {choice.name: choice for choice in found if choice is not None}
+def choices() -> dict[str, Choice]:
+    """Every model of pictures that is here, by name: embedded, released and fetched, saved in runs/."""
+    embedded = [_of_folder(name, checkpoints.EMBEDDED_FOLDER / name) for name in checkpoints.EMBEDDED]
+    released = [_of_released(one) for one in RELEASED.values() if one.path.is_file()]
+    own = [_of_folder(folder.as_posix(), folder) for folder in _own_folders()]
+    return {choice.name: choice for choice in (*embedded, *released, *own) if choice is not None}
 
 
-def choose(name: str, runs: Path = RUNS) -> Choice:
+def choose(name: str) -> Choice:
     """The choice of that name. Raises ValueError for any other name, so that no path leads out of the list."""
-    here = choices(runs)
+    here = choices()
     if name in RELEASED and name not in here:
         raise ValueError(f"{name} is not on this disk yet: cmlab fetch {name}")
     return here[known("model", name, here)]
@@ -83,11 +82,11 @@ def missing() -> list[tuple[str, str]]:
     return [(one.name, f"cmlab fetch {one.name}") for one in RELEASED.values() if not one.path.is_file()]
 
 
-def teacher_of(choice: Choice, runs: Path = RUNS) -> Choice | None:
+def teacher_of(choice: Choice) -> Choice | None:
     """A diffusion model that is here and takes the same pictures and classes: the namesake, or the first of the list; None without one."""
     fitting = [
         other
-        for other in choices(runs).values()
+        for other in choices().values()
         if not other.consistency and choice.data is not None and _interface(other) == _interface(choice)
     ]
     namesake = choice.name.replace("-cd", "-edm").replace("-ct", "-edm")
@@ -98,14 +97,12 @@ def _interface(choice: Choice) -> tuple:
     return choice.data, choice.shape, choice.num_classes
 
 
-def _own(runs: Path) -> dict[str, Path]:
-    """Saved models in a folder of runs, whose files truly lie there: a link may not lead out."""
-    inside, found = runs.resolve(), {}
-    for config in sorted(runs.glob(f"*/model/{checkpoints.CONFIG}")):
+def _own_folders() -> Iterator[Path]:
+    """Saved models in runs/, whose files truly lie there: a link may not lead out."""
+    for config in sorted(RUNS.glob(f"*/model/{checkpoints.CONFIG}")):
         files = config, config.with_name(checkpoints.WEIGHTS)
-        if all(file.resolve().is_relative_to(inside) for file in files):
-            found[config.parent.as_posix()] = config.parent
-    return found
+        if all(file.resolve().is_relative_to(RUNS.resolve()) for file in files):
+            yield config.parent
 
 
 def _of_folder(name: str, folder: Path) -> Choice | None:
@@ -124,13 +121,5 @@ def _of_folder(name: str, folder: Path) -> Choice | None:
 def _of_released(one) -> Choice:
     net = one.architecture
     shape = (net["in_channels"], net["image_size"], net["image_size"])
-    return Choice(
-        one.name,
-        one.path,
-        one.kind,
-        shape,
-        net.get("num_classes"),
-        one.data,
-        SCALINGS["sigma_min"],
-        SCALINGS["sigma_max"],
-    )
+    levels = SCALINGS["sigma_min"], SCALINGS["sigma_max"]
+    return Choice(one.name, one.path, one.kind, shape, net.get("num_classes"), one.data, *levels)

@@ -17,6 +17,7 @@ from cmlab import drawing, pictures
 from cmlab.checks import whole, within
 from cmlab.demo.choices import Choice, choose, teacher_of
 from cmlab.noise import karras_sigmas
+from cmlab.sampling import relayed
 from cmlab.streams import seeded
 
 MOST_PICTURES, MOST_STEPS, LARGEST_SEED = 64, 80, 2**31 - 1
@@ -150,17 +151,8 @@ def compare(model: str, labels: tuple[int, ...] = (), seed: int = 0, num: int = 
     results = {}
     for k, (what, job) in enumerate(jobs.items()):
         shares = generate(labels=labels, seed=seed, num=num, **job)
-        results[what] = yield from _within(shares, k / len(jobs), (k + 1) / len(jobs))
+        results[what] = yield from relayed(shares, lambda _, share, k=k: (k + share) / len(jobs))
     return results
-
-
-def _within(shares: Iterator[float], low: float, high: float) -> Iterator[float]:
-    while True:
-        try:
-            share = next(shares)
-        except StopIteration as end:
-            return end.value
-        yield low + share * (high - low)
 
 
 def edit(

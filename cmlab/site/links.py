@@ -25,7 +25,7 @@ class _Page(HTMLParser):
 
 
 def dead_links(folder: Path) -> list[str]:
-    """ "page: link" for every link of a page in the folder to a file or an anchor that is not there."""
+    """Every link of a page in the folder to a file or an anchor that is not there, as "page: link"."""
     own = [path for path in folder.rglob("*.html") if "_static" not in path.parts]  # there the theme's templates lie
     pages = {path.resolve(): _Page(path.read_text(encoding="utf-8")) for path in own}
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import importlib
 import re
 from pathlib import Path
@@ -75,7 +74,7 @@ def _tree(caption: str, pages: list[str], hidden: bool = True) -> str:
 
 def _write_notebook(path: Path, target: Path, pages: dict[str, str]) -> None:
     """A copy of an executed notebook: its text with links, its figures as files with their descriptions."""
-    notebook = copy.deepcopy(nbformat.read(path, 4))
+    notebook = nbformat.read(path, 4)
     notebook.metadata.pop("widgets", None)
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
@@ -111,7 +110,7 @@ def _figure(output, target: Path, name: str):
     if not alt:
         raise ValueError(f"{target.name}: a figure has no description; plots.show gives it one")
     alt = re.sub(r"([\[\]*_`$\\<])", r"\\\1", alt)
-    return _markdown(f"![{alt}](images/{name})\n\n*{alt}*" if "$" not in alt else f"![{alt}](images/{name})")
+    return _markdown(f"![{alt}](images/{name})\n\n*{alt}*")
 
 
 def _markdown(text: str):

@@ -98,13 +98,11 @@ class QualityExplorer(ipywidgets.VBox):
         self._floor = floor
         self._sketch = self._draw_still()
         self.model = ipywidgets.Dropdown(options=list(curves), description="model")
-        self.setting = ipywidgets.IntSlider(
-            value=0, min=0, max=max(map(len, curves.values())) - 1, description="setting"
-        )
+        self.setting = ipywidgets.IntSlider(value=0, min=0, description="setting")
+        self._limit()
         caption = f"{score} against network calls, and pictures of the chosen setting."
         self.model.observe(self._limit, names="value")  # before the picture follows
         super().__init__([explore(self._draw, caption, name=self.model, setting=self.setting)])
-        self._limit()
 
     def _limit(self, change=None) -> None:
         """The slider ends at the chosen model's last setting."""
@@ -135,8 +133,7 @@ class QualityExplorer(ipywidgets.VBox):
         return tile(images[:40], columns=8).squeeze()
 
     def _draw(self, name: str, setting: int) -> tuple[bytes, str]:
-        points = self._curves[name]
-        point = points[min(setting, len(points) - 1)]
+        point = self._curves[name][setting]
         self._mark.set_data([point.calls], [point.score])
         self._image.set_data(self._tiled(point.images))
         calls = f"{point.calls} network call{'s' * (point.calls > 1)}"
