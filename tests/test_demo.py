@@ -216,7 +216,7 @@ def test_a_cancelled_job_does_not_reach_into_the_next(monkeypatch):
     results = []
     other = threading.Thread(target=lambda: results.extend(job(0.0, lambda *told, **more: None)))
     other.start()
-    other.join(0.3)
+    other.join(2)  # time enough to draw, if nothing held it back
     go_on.set()
     cancelled.join()
     other.join()

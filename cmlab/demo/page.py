@@ -22,9 +22,8 @@ from cmlab.demo.results import Results
 from cmlab.demo.uploads import LARGEST_BYTES, canvas, on_canvas, read_canvas
 
 WAITING = 32  # jobs in the queue at most; one is done at a time
-AT_WORK = (
-    threading.Lock()
-)  # held by who calls a model: a cancelled job ends its call after gradio has begun the next job
+# Held by who calls a model: a cancelled job ends its call after gradio has begun the next job.
+AT_WORK = threading.Lock()
 PAUSE = 0.3  # seconds between two signs of life of a job
 THREADS = 8  # each keeps some MB of its own
 FIRST, FIRST_TO_EDIT = "digits-cd", "tinted-digits-cd"
