@@ -5,9 +5,10 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _ROOMS = [
-    "batch", "checkpoints", "data", "distances", "downloads", "drawing", "editing", "exact", "extractors", "interop",
-    "lessons", "metrics", "models", "noise", "objectives", "ode", "pictures", "planning", "plots", "prepare", "prepared",
-    "recipes", "released", "run", "sampling", "scaling", "streams", "tour", "training", "widgets",
+    "batch", "checkpoints", "continuous", "data", "distances", "downloads", "drawing", "editing", "exact",
+    "extractors", "interop", "kernels", "lessons", "metrics", "models", "noise", "objectives", "ode", "pictures",
+    "planning", "plots", "prepare", "prepared", "recipes", "released", "run", "sampling", "scaling", "streams",
+    "tour", "training", "widgets",
 ]  # fmt: skip
 _HOMES = {
     "ConsistencyModel": "scaling", "Denoiser": "scaling", "RECIPES": "recipes", "Record": "training",

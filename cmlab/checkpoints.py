@@ -24,13 +24,13 @@ from cmlab.models import build
 from cmlab.models.classifier import DigitsClassifier
 from cmlab.released import RELEASED, kind_of, unet_config
 from cmlab.released import SCALINGS as RELEASED_SCALINGS
-from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.scaling import ConsistencyModel, Denoiser, MeanFlow, TrigFlow
 from cmlab.sources import HUB_ID
 from cmlab.weights import read_json, read_pt, read_safetensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-KINDS = {kind.kind: kind for kind in (Denoiser, ConsistencyModel, DigitsClassifier)}
+KINDS = {kind.kind: kind for kind in (Denoiser, ConsistencyModel, TrigFlow, MeanFlow, DigitsClassifier)}
 SCALINGS = ["sigma_data", "sigma_min", "sigma_max"]
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

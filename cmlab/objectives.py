@@ -2,7 +2,7 @@
 
 Every objective draws its own noise levels and is then a small callable:
 
-    levels = objective.levels(batch_size, step, total, generator)      # tuple of (B,) sigmas, highest first
+    levels = objective.levels(batch_size, step, total, generator)      # tuple of (B,): sigmas, highest first
     loss = objective(student, images, labels, noise, *levels, target=..., teacher=...)      # (B,)
 
 images, noise (B, …); labels (B,) or None; student, target, teacher are called as model(x, sigma, labels).
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmlab.checks import known, positive, same_shape, sigma_range, whole, within
 from cmlab.distances import PseudoHuber, l2
@@ -35,6 +35,7 @@ from cmlab.noise import (
     weighting,
 )
 from cmlab.ode import get_solver
+from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.streams import RandomState
 
 
@@ -69,7 +70,6 @@ class Objective:
     rho: float = 7.0
     weight: str = "uniform"
     needs_teacher = False
-    model_kind = "consistency"
 
     def __post_init__(self):
         sigma_range(self.sigma_min, self.sigma_max)
@@ -80,6 +80,10 @@ class Objective:
 
     def _weightings(self) -> list[str]:
         return [name for name in WEIGHTING_NAMES if name != "inverse-gap"]  # which wants two levels
+
+    def model(self, net: nn.Module, sigma_data: float) -> Denoiser:
+        """What this objective trains, over a network."""
+        return ConsistencyModel(net, sigma_data, self.sigma_min, self.sigma_max)
 
     def scales(self, step: int, total: int) -> int | None:
         """N(k), the number of grid levels at this step; None where the levels are continuous."""
@@ -99,7 +103,10 @@ class EDM(Objective):
 
     weight: str = "karras"
     sigmas: LogNormal = LogNormal()
-    model_kind = "denoiser"
+
+    def model(self, net: nn.Module, sigma_data: float) -> Denoiser:
+        """A denoiser."""
+        return Denoiser(net, sigma_data, self.sigma_min, self.sigma_max)
 
     def levels(self, n: int, step: int = 0, total: int = 1, generator=None) -> tuple[Tensor]:
         """One sigma an image, log-normal, cut to the model's range."""
@@ -286,12 +293,15 @@ class ProgressiveDistillation(Objective):
     distance: Callable[[Tensor, Tensor], Tensor] = l2
     weight: str = "truncated-snr"
     needs_teacher = True
-    model_kind = "denoiser"
 
     def __post_init__(self):
         super().__post_init__()
         whole("start", self.start, 2)
         whole("stage_steps", self.stage_steps)
+
+    def model(self, net: nn.Module, sigma_data: float) -> Denoiser:
+        """A denoiser."""
+        return Denoiser(net, sigma_data, self.sigma_min, self.sigma_max)
 
     def scales(self, step: int, total: int) -> int:
         """The student's number of steps."""

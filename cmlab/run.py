@@ -109,8 +109,9 @@ class Run:
 
     def _start_from(self, student: Denoiser) -> None:
         start = checkpoints.load(self.recipe.init_from)
+        own = {k: v for k, v in student.net.state_dict().items() if k.startswith("way.")}  # a denoiser knows no jumps
         try:
-            student.net.load_state_dict(start.net.state_dict())
+            student.net.load_state_dict(own | start.net.state_dict())
         except RuntimeError:
             raise ValueError(
                 f"the model to start from, {self.recipe.init_from}, has another network than the recipe: {start.net.config}, "
@@ -121,9 +122,7 @@ class Run:
         r = self.recipe
         net = build(r.network)
         net.checkpointing = r.checkpointing
-        return checkpoints.KINDS[r.objective.model_kind](
-            net, r.sigma_data or self.data.sigma_data, r.objective.sigma_min, r.objective.sigma_max
-        )
+        return r.objective.model(net, r.sigma_data or self.data.sigma_data)
 
     def _model_with(self, weights: dict[str, Tensor]) -> Denoiser:
         """A model of the student's kind with a copy of these weights."""

@@ -1,6 +1,11 @@
-"""The one owner of c_skip, c_out, c_in and c_noise: wraps a network net(x, c_noise, labels) as Denoiser or ConsistencyModel."""
+"""The one owner of c_skip, c_out, c_in and c_noise: wraps a network net(x, c_noise, labels) as a model.
+
+Denoiser, ConsistencyModel, and for continuous time TrigFlow and MeanFlow.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -86,3 +91,78 @@ class ConsistencyModel(Denoiser):
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in, c_noise at the given levels: each with the shape of sigma."""
         return *boundary_scalings(sigma, self.sigma_data, self.sigma_min), 250 * sigma.log()
+
+
+def angle_of(sigma: Tensor | float, sigma_data: float = 0.5) -> Tensor:
+    """TrigFlow's time t = arctan(sigma / sigma_data), in [0, pi / 2): Lu & Song (2024, sCM), sec. 3. The shape of sigma."""
+    return (torch.as_tensor(sigma) / positive("sigma_data", sigma_data)).atan()
+
+
+def sigma_of(angle: Tensor | float, sigma_data: float = 0.5) -> Tensor:
+    """The noise level sigma_data tan(t) of an angle in [0, pi / 2): the inverse of angle_of. Raises ValueError outside."""
+    angle = torch.as_tensor(angle)
+    if not ((angle >= 0) & (angle < math.pi / 2)).all():
+        raise ValueError(f"angle must lie in [0, pi / 2), got {angle.min():g} … {angle.max():g}")
+    return positive("sigma_data", sigma_data) * angle.tan()
+
+
+class TrigFlow(ConsistencyModel):
+    """f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t), with f = x_t at t = 0. Lu & Song (2024, sCM), eq. 6.
+
+    x_t = cos(t) y + sin(t) sigma_data z turns from image to noise with the angle t = arctan(sigma / sigma_data); so x_t = cos(t) x
+    in the coordinates of all models here, x = y + sigma z. Called with x and sigma like any of them, f then reads
+    c_skip x + c_out net(c_in x, c_noise) with *EDM's* scalings and F = -net: the weights of a Denoiser are a TrigFlow whose F is
+    the velocity dx_t/dt of the probability-flow ODE. The network is told ln(sigma), as everywhere here, not t.
+
+    log_weight, if given, maps c_noise (B,) to (B,): the learned loss weight of adaptive weighting (sCM, sec. 4.2). It trains along
+    and is not part of the model that is saved.
+    """
+
+    kind = "trigflow"
+
+    def __init__(self, net, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, log_weight: nn.Module | None = None):
+        super().__init__(net, sigma_data, sigma_min, sigma_max)
+        self.log_weight = log_weight
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip = cos(t)^2, c_out = sin(t) sigma_data, c_in = cos(t) / sigma_data, and c_noise: each with the shape of sigma."""
+        return *edm_scalings(sigma, self.sigma_data), 250 * sigma.log()
+
+    def cos_sin(self, sigma: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos(t) and sin(t) as (B, 1, …, 1) beside x: without the angle, which near pi / 2 tells high levels apart poorly."""
+        sigma = per_image(sigma, x)
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        return self.sigma_data / total, sigma / total
+
+    def velocity(self, x_t: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """F(x_t / sigma_data, t), in units of sigma_data. x_t (B, …), c_noise (B,) = 250 ln(sigma) -> (B, …)."""
+        return -self.net(x_t / self.sigma_data, c_noise, labels)
+
+
+class MeanFlow(ConsistencyModel):
+    """The average velocity u(z, r, t) over the straight-line flow's way from time t to r. Geng et al. (2025, MeanFlow), eq. 3.
+
+    Straight lines z_t = (1 - t) y + t z have t = sigma / (1 + sigma) and z_t = (1 - t) x in the coordinates of all models here.
+    A jump from t to r is z_r = z_t - (t - r) u; f(x, sigma) is the jump to r = 0. u = (z_t - G) / t, where G is a Denoiser's
+    formula whose network is also told how much of the way the jump goes, 1 - r / t: net(x, c_noise, labels, way), way (B,).
+    At way = 0, u is the velocity itself and G the denoiser; at way = 1, G is f.
+    """
+
+    kind = "meanflow"
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in, c_noise at the given levels: a Denoiser's."""
+        return *edm_scalings(sigma, self.sigma_data), 250 * sigma.log()
+
+    def forward(
+        self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, way: Tensor | None = None
+    ) -> Tensor:
+        """G of x (B, …) at noise level sigma, a number or (B,); way (B,) in [0, 1], all of it (f itself) if left out."""
+        c_skip, c_out, c_in, c_noise = self.scalings(per_image(sigma, x))
+        way = torch.ones_like(c_noise.flatten()) if way is None else way
+        return c_skip * x + c_out * self.net(c_in * x, c_noise.flatten(), labels, way)
+
+    def average_velocity(self, z: Tensor, r: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """u(z, r, t) of z (B, …) at times 0 <= r <= t < 1, (B,) each -> (B, …)."""
+        t_ = t.reshape(-1, *[1] * (z.ndim - 1))
+        return (z - self(z / (1 - t_), t / (1 - t), labels, 1 - r / t)) / t_

@@ -1,12 +1,16 @@
 """What test files share: the browser, the built site. What needs something beside the package is collected only where it is."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
 from browsing import CHROMIUM, FLAGS, answer
 from reference_code import FOLDER
 
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # Triton asks when it is imported; CMLAB_KERNELS still decides what goes there
 collect_ignore = [] if (FOLDER / "cm" / "unet.py").is_file() else ["test_reference.py"]
 if CHROMIUM is None:
     collect_ignore += [path.name for path in Path(__file__).parent.glob("test_*_browser.py")]

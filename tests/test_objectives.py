@@ -43,8 +43,7 @@ def test_levels_descend_within_the_range(objective):
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: type(o).__name__)
 def test_losses_are_one_a_sample_and_reach_every_weight(objective):
-    kind = Denoiser if objective.model_kind == "denoiser" else ConsistencyModel
-    student = kind(random_net()).train()
+    student = objective.model(random_net(), 0.5).train()
     levels = objective.levels(16, 500, 1000, torch.Generator().manual_seed(0))
     loss = objective(student, *batch(), *[v.float() for v in levels], teacher=random_model(Denoiser))
     assert loss.shape == (16,) and (loss >= 0).all()

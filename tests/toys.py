@@ -16,9 +16,9 @@ def draws(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_net(shape=(1, 8, 8), num_classes=None, dropout=0.0, seed=0) -> ResidualMLP:
+def random_net(shape=(1, 8, 8), num_classes=None, dropout=0.0, seed=0, jumps=False) -> ResidualMLP:
     """A small network with every weight random: nothing is zero, so nothing hides."""
-    net = ResidualMLP(shape, width=32, depth=2, num_classes=num_classes, dropout=dropout, embedding=16)
+    net = ResidualMLP(shape, width=32, depth=2, num_classes=num_classes, dropout=dropout, embedding=16, jumps=jumps)
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2, generator=generator)

@@ -17,7 +17,8 @@ class ResidualMLP(nn.Module):
     The gated skip a(c_noise) x carries the noise around the bottleneck: a fully connected net would otherwise have to squeeze
     all of it through its width. Every block is modulated by the noise level and the class (adaptive layer norm, as in DiT:
     Peebles & Xie 2023, sec. 3.2). num_classes=None: unconditional. Weights may be of any floating dtype: x is cast to it on
-    the way in, the output back to x's.
+    the way in, the output back to x's. jumps=True: the network is also told the way (B,) in [0, 1] of a jump, how much of the noise
+    it is to take away (scaling.MeanFlow); what it makes of it starts at nothing.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class ResidualMLP(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         embedding: int = 128,
+        jumps: bool = False,
     ):
         super().__init__()
         whole("width", width)
@@ -42,25 +44,36 @@ class ResidualMLP(nn.Module):
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         self.config = dict(
             name="mlp", shape=list(shape), width=width, depth=depth, num_classes=num_classes, dropout=dropout,
-            embedding=embedding,
+            embedding=embedding, **({"jumps": True} if jumps else {}),
         )  # fmt: skip
         self.shape, self.num_classes = tuple(shape), num_classes
         size = math.prod(self.shape)
         self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(num_classes, embedding) if num_classes is not None else None
+        self.way = None
+        if jumps:
+            self.way = nn.Sequential(
+                nn.Linear(embedding, embedding), nn.SiLU(), zeroed(nn.Linear(embedding, embedding))
+            )
         self.enter = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, embedding, dropout) for _ in range(depth))
         self.leave = zeroed(nn.Linear(width, size))
         self.gate = zeroed(nn.Linear(embedding, 1))
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x (B, *shape), c_noise (B,), labels (B,) int64 or None -> (B, *shape)."""
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, way: Tensor | None = None) -> Tensor:
+        """x (B, *shape), c_noise (B,), labels (B,) int64 or None, way (B,) or None -> (B, *shape)."""
         same_shape("x", x, (len(x), *self.shape))
+        if (way is None) != (self.way is None):
+            raise ValueError(
+                f"way {'is missing' if way is None else 'must be left out'}: this network has jumps={self.way is not None}"
+            )
         check_labels(labels, len(x), self.num_classes)
         dtype = self.enter.weight.dtype
         emb = self.time(fourier(c_noise / 250, self.config["embedding"]).to(dtype))  # (B, E) of ln(sigma)
         if self.label is not None:
             emb = emb + self.label(labels)
+        if way is not None:
+            emb = emb + self.way(fourier(way, self.config["embedding"]).to(dtype))
         emb = F.silu(emb)
         flat = x.flatten(1).to(dtype)
         h = self.enter(flat)  # (B, width)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmlab.checks import check_labels, same_shape, whole
+from cmlab.kernels import attention, group_norm_silu
 from cmlab.models.small import zeroed
 
 GROUPS = 32  # of every group norm in the released checkpoints
@@ -39,8 +40,7 @@ def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
     batch, width, length = qkv.shape
     tokens = qkv.transpose(1, 2).contiguous()  # channels innermost: the fused kernels take nothing else
     q, k, v = tokens.reshape(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, C / heads)
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(2, 3).reshape(batch, width // 3, length)
+    return attention(q, k, v).transpose(2, 3).reshape(batch, width // 3, length)
 
 
 class UNet(nn.Module):
@@ -128,7 +128,8 @@ class UNet(nn.Module):
         h = self._pass(self.middle_block, h, emb)
         for block in self.output_blocks:
             h = self._pass(block, torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h).to(x.dtype)
+        norm, _, conv = self.out
+        return conv(normalized(norm, h)).to(x.dtype)
 
     def _pass(self, block: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
@@ -143,6 +144,11 @@ class UNet(nn.Module):
             )
         same_shape("c_noise", c_noise, (x.shape[0],))
         check_labels(labels, x.shape[0], self.config["num_classes"])
+
+
+def normalized(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """SiLU((1 + scale) norm(x) + shift), by a kernel where there is one: x (B, C, …), scale and shift (B, C)."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift)
 
 
 class ResBlock(nn.Module):
@@ -172,16 +178,16 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W')."""
-        norm, silu, conv = self.in_layers
-        h = conv(self.resample(silu(norm(x))))
-        norm, silu, dropout, conv = self.out_layers
-        change = self.emb_layers(emb)[..., None, None]
-        if self.scale_shift:
-            scale, shift = change.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-        else:
-            h = norm(h + change)
-        return self.skip_connection(self.resample(x)) + conv(dropout(silu(h)))
+        norm, _, conv = self.in_layers
+        h = conv(self.resample(normalized(norm, x)))
+        norm, _, dropout, conv = self.out_layers
+        change = self.emb_layers(emb)
+        h = (
+            normalized(norm, h, *change.chunk(2, dim=1))
+            if self.scale_shift
+            else normalized(norm, h + change[..., None, None])
+        )
+        return self.skip_connection(self.resample(x)) + conv(dropout(h))
 
 
 class AttentionBlock(nn.Module):

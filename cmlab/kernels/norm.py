@@ -1,0 +1,423 @@
+"""group_norm_silu: SiLU((1 + scale) GroupNorm(x) + shift) in one go, forward and backward, for the U-Net.
+
+With x of n elements, s bytes each, eager PyTorch reads and writes whole tensors for the norm (2 reads, 1 write: statistics, then the
+result), for the scale and the shift (2 reads, 2 writes) and for SiLU (1 read, 1 write): 9 n s bytes. What has to move is 2 n s: one read,
+one write. The kernels come to
+
+    forward, a group fits the registers      2 n s    (one program a group: contiguous pictures of up to 64 x 64 at 192 channels)
+    forward, otherwise                       3 n s    (statistics, then the result)
+    backward                                 5 n s    (x and dy twice, dx once)
+
+and about 10 (forward) and 20 (backward) operations an element: five operations a byte in half precision, where an H100 could do
+several hundred. Memory alone sets the time.
+
+Every sum over pixels is kept by channel, so that one pair of numbers a channel serves the norm and the gradients of weight, bias,
+scale and shift alike. Both memory formats are the same code: a tile of channels by pixels, with the strides given.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmlab.checks import same_shape, whole
+from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, tl, triton
+
+IN_REGISTERS = 32_768  # elements of a group that one program keeps
+PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, pixels are split among programs
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """SiLU((1 + scale) GroupNorm(x) + shift): x (B, C, …), weight and bias (C,), scale and shift (B, C) or both None -> like x.
+
+    GroupNorm: Wu & He (2018), eq. 1; with scale and shift, the adaptive one of Dhariwal & Nichol (2021), sec. 3. Statistics are
+    float32 whatever the precision of x. Raises ValueError for shapes that do not fit.
+    """
+    _check(x, weight, bias, groups, scale, shift)
+    given = [t for t in (x, weight, bias, scale, shift) if t is not None]
+    if x.numel() and not forward_mode() and enabled(*given):
+        return torch.ops.cmlab.group_norm_silu(x, weight, bias, scale, shift, groups, eps)[0]
+    return reference(x, weight, bias, groups, eps, scale, shift)
+
+
+def reference(x, weight, bias, groups=32, eps=1e-5, scale=None, shift=None) -> Tensor:
+    """The same in PyTorch's own operations."""
+    h = torch.group_norm(x, groups, weight, bias, eps)
+    if scale is not None:
+        h = h * (1 + _beside(scale, x)) + _beside(shift, x)
+    return F.silu(h)
+
+
+def _check(x, weight, bias, groups, scale, shift) -> None:
+    if x.ndim < 2 or x.shape[1] % whole("groups", groups):
+        raise ValueError(f"groups must divide the channels of x (B, C, …), got {groups} and shape {tuple(x.shape)}")
+    same_shape("weight", weight, (x.shape[1],))
+    same_shape("bias", bias, (x.shape[1],))
+    if (scale is None) != (shift is None):
+        raise ValueError("scale and shift come together, got only one of them")
+    if scale is not None:
+        same_shape("scale", scale, x.shape[:2])
+        same_shape("shift", shift, x.shape[:2])
+
+
+def _beside(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(*v.shape, *[1] * (x.ndim - 2))
+
+
+# --- the operations, as torch sees them: CPU, CUDA, shapes alone, gradient --------------------------------------------
+
+
+@torch.library.custom_op("cmlab::group_norm_silu", mutates_args=())
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y, and (4, B, C) for the backward pass: mean, 1 / deviation, and slope and offset of h = slope (x - mean) + offset, y = silu(h)."""
+    if x.is_cuda or interpreting(x):
+        return _launch_forward(_dense(x), weight, bias, scale, shift, groups, eps)
+    coefficients = _coefficients(x, weight, bias, scale, shift, groups, eps)
+    mean, _, slope, offset = (_beside(v, x) for v in coefficients)
+    return F.silu(slope * (x.float() - mean) + offset).to(x.dtype), coefficients
+
+
+@_forward.register_fake
+def _(x, weight, bias, scale, shift, groups, eps):
+    return torch.empty_like(_dense(x)), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
+
+
+@torch.library.custom_op("cmlab::group_norm_silu_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, coefficients: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """dx, and of each channel the sums over pixels of dh and of dh times the normalised x, h being SiLU's argument: (2, B, C)."""
+    if x.is_cuda or interpreting(x):
+        return _launch_backward(_like(dy, x), _dense(x), coefficients, groups)
+    mean, rstd, slope, offset = (_beside(v, x) for v in coefficients)
+    normal = (x.float() - mean) * rstd
+    dh = dy.float() * _silu_slope(slope * (x.float() - mean) + offset)
+    sums = torch.stack([dh.flatten(2).sum(2), (dh * normal).flatten(2).sum(2)])
+    one, two = (_beside(v, x) for v in _group_means(sums, coefficients, x, groups))
+    return (rstd * (dh * slope / rstd - one - normal * two)).to(x.dtype), sums
+
+
+@_backward.register_fake
+def _(dy, x, coefficients, groups):
+    return torch.empty_like(_dense(x)), torch.empty_like(coefficients[:2])
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, weight, bias, scale, _, ctx.groups, _ = inputs
+    ctx.save_for_backward(x, weight, bias, scale, output[1])
+
+
+def _gradients(ctx, dy: Tensor, _):
+    """From the two sums of each channel: all small tensors (B, C) but dx."""
+    x, weight, bias, scale, coefficients = ctx.saved_tensors
+    dx, (one, two) = torch.ops.cmlab.group_norm_silu_backward(dy, x, coefficients, ctx.groups)
+    grown = 1.0 if scale is None else 1 + scale.float()
+    d_weight, d_bias = (grown * two).sum(0).to(weight.dtype), (grown * one).sum(0).to(bias.dtype)
+    if scale is None:
+        return dx, d_weight, d_bias, None, None, None, None
+    return dx, d_weight, d_bias, (weight * two + bias * one).to(scale.dtype), one.to(scale.dtype), None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def _coefficients(x, weight, bias, scale, shift, groups, eps) -> Tensor:
+    grouped = x.float().reshape(len(x), groups, -1)
+    var, mean = torch.var_mean(grouped, dim=2, correction=0)
+    mean, rstd = (v.repeat_interleave(x.shape[1] // groups, dim=1) for v in (mean, (var + eps).rsqrt()))
+    grown, moved = (1.0, 0.0) if scale is None else (1 + scale.float(), shift.float())
+    return torch.stack(
+        [mean, rstd, rstd * weight.float() * grown, bias.float() * grown + moved + torch.zeros_like(mean)]
+    )
+
+
+def _silu_slope(h: Tensor) -> Tensor:
+    s = h.sigmoid()
+    return s * (1 + h * (1 - s))
+
+
+def _group_means(sums: Tensor, coefficients: Tensor, x: Tensor, groups: int) -> Tensor:
+    """The means over a group of w dh and of w dh times the normalised x, w = slope x deviation: (2, B, C), equal within a group."""
+    weighed = (sums * coefficients[2] / coefficients[1]).reshape(2, len(x), groups, -1)
+    means = weighed.sum(3) / (x[0].numel() // groups)
+    return means.repeat_interleave(x.shape[1] // groups, dim=2)
+
+
+# --- tensors as tiles of channels by pixels ---------------------------------------------------------------------------
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if _channels_last(x) else x.contiguous()
+
+
+def _like(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.contiguous(memory_format=torch.channels_last) if _channels_last(x) else dy.contiguous()
+
+
+class _Tiles:
+    """How a tensor is cut: strides, tile sizes, and over how many programs the pixels of one channel are split."""
+
+    def __init__(self, x: Tensor):
+        self.batch, self.channels = x.shape[:2]
+        self.pixels = x[0, 0].numel()
+        last = _channels_last(x)
+        self.strides = (x.stride(0), 1, self.channels) if last else (x.stride(0), self.pixels, 1)
+        self.block_c = min(64, triton.next_power_of_2(self.channels)) if last else 1
+        self.block_p = (
+            max(1, min(1024, triton.next_power_of_2(self.pixels)) // self.block_c)
+            if last
+            else min(1024, triton.next_power_of_2(self.pixels))
+        )
+        self.rows = self.batch * triton.cdiv(self.channels, self.block_c)
+        wanted = max(1, PROGRAMS // self.rows)
+        self.splits = min(wanted, triton.cdiv(self.pixels, self.block_p), 64)
+        self.chunk = triton.cdiv(triton.cdiv(self.pixels, self.splits), self.block_p) * self.block_p
+        self.splits = triton.cdiv(self.pixels, self.chunk)
+
+    @property
+    def sizes(self) -> tuple:
+        return self.channels, self.pixels, *self.strides
+
+    @property
+    def blocks(self) -> dict:
+        return dict(BLOCK_C=self.block_c, BLOCK_P=self.block_p)
+
+
+def _launch_forward(x, weight, bias, scale, shift, groups, eps) -> tuple[Tensor, Tensor]:
+    tiles, y = _Tiles(x), torch.empty_like(x)
+    coefficients = x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
+    each = tiles.channels // groups
+    adaptive, flags = (scale, shift) if scale is not None else (weight, bias), dict(ADAPTIVE=scale is not None)
+    adaptive = tuple(t.contiguous() for t in adaptive)
+    grid = (tiles.batch * groups,)
+    if not _channels_last(x) and each * tiles.pixels <= IN_REGISTERS:
+        size = triton.next_power_of_2(each * tiles.pixels)
+        _whole_group[grid](
+            x, y, coefficients, weight, bias, *adaptive, groups, each, tiles.pixels, eps,
+            **flags, BLOCK=size, BLOCK_C=triton.next_power_of_2(each), num_warps=max(4, min(16, size // 1024)),
+        )  # fmt: skip
+        return y, coefficients
+    parts = x.new_empty((2, tiles.splits, *x.shape[:2]), dtype=torch.float32)
+    _moments[(tiles.rows, tiles.splits)](x, parts, tiles.batch, *tiles.sizes, tiles.chunk, **tiles.blocks)
+    _fold_moments[grid](
+        parts, coefficients, weight, bias, *adaptive, groups, each, tiles.pixels, tiles.splits, tiles.chunk, eps,
+        **flags, BLOCK_S=triton.next_power_of_2(tiles.splits), BLOCK_C=triton.next_power_of_2(each),
+    )  # fmt: skip
+    _apply[(tiles.rows, triton.cdiv(tiles.pixels, tiles.block_p))](
+        x, y, coefficients, tiles.batch, *tiles.sizes, **tiles.blocks
+    )
+    return y, coefficients
+
+
+def _launch_backward(dy, x, coefficients, groups) -> tuple[Tensor, Tensor]:
+    tiles, dx = _Tiles(x), torch.empty_like(x)
+    parts = x.new_empty((2, tiles.splits, *x.shape[:2]), dtype=torch.float32)
+    _sums[(tiles.rows, tiles.splits)](
+        x, dy, coefficients, parts, tiles.batch, *tiles.sizes, tiles.chunk, **tiles.blocks
+    )
+    sums = parts.sum(1)
+    means = _group_means(sums, coefficients, x, groups)
+    grid = (tiles.rows, triton.cdiv(tiles.pixels, tiles.block_p))
+    _input_gradient[grid](x, dy, dx, coefficients, means, tiles.batch, *tiles.sizes, **tiles.blocks)
+    return dx, sums
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _tile(row, C, BLOCK_C: tl.constexpr):
+    """Image and channels of a row of tiles."""
+    across = tl.cdiv(C, BLOCK_C)
+    return row // across, (row % across) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@jit
+def _store_coefficients(
+    coefficients, weight, bias, scale, shift, mean, rstd, image, channel, known, B, C, ADAPTIVE: tl.constexpr
+):
+    at = image * C + channel
+    slope = tl.load(weight + channel, mask=known, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=known, other=0).to(tl.float32)
+    if ADAPTIVE:
+        grown = 1 + tl.load(scale + at, mask=known, other=0).to(tl.float32)
+        slope, offset = slope * grown, offset * grown + tl.load(shift + at, mask=known, other=0).to(tl.float32)
+    nothing = tl.zeros_like(slope)
+    tl.store(coefficients + at, mean + nothing, mask=known)
+    tl.store(coefficients + B * C + at, rstd + nothing, mask=known)
+    tl.store(coefficients + 2 * B * C + at, rstd * slope, mask=known)
+    tl.store(coefficients + 3 * B * C + at, offset, mask=known)
+
+
+@jit
+def _whole_group(
+    x, y, coefficients, weight, bias, scale, shift, G, each, P, eps,
+    ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program a group, which stays in registers between its statistics and its result: x is read once."""
+    group, size, C = tl.program_id(0), each * P, G * each
+    image, first = group // G, (group % G) * each
+    inside = tl.arange(0, BLOCK)
+    known = inside < size
+    start = group.to(tl.int64) * size
+    v = tl.load(x + start + inside, mask=known, other=0).to(tl.float32)
+    mean = tl.sum(v) / size
+    centred = tl.where(known, v - mean, 0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / size + eps)
+    channel = first + inside // P
+    slope = tl.load(weight + channel, mask=known, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=known, other=0).to(tl.float32)
+    if ADAPTIVE:
+        grown = 1 + tl.load(scale + image * C + channel, mask=known, other=0).to(tl.float32)
+        slope *= grown
+        offset = offset * grown + tl.load(shift + image * C + channel, mask=known, other=0).to(tl.float32)
+    h = centred * (rstd * slope) + offset
+    tl.store(y + start + inside, h * tl.sigmoid(h), mask=known)
+    own = tl.arange(0, BLOCK_C)
+    batch = tl.num_programs(0) // G
+    _store_coefficients(
+        coefficients, weight, bias, scale, shift, mean, rstd, image, first + own, own < each, batch, C, ADAPTIVE
+    )
+
+
+@jit
+def _moments(x, parts, B, C, P, stride_b, stride_c, stride_p, chunk, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Mean, and sum of squared deviations from it, of each channel over one chunk of pixels. parts (2, splits, B, C)."""
+    image, channel = _tile(tl.program_id(0), C, BLOCK_C)
+    split, real = tl.program_id(1), channel < C
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, P)
+    rows = x + image.to(tl.int64) * stride_b + channel * stride_c
+    centre = tl.load(rows + begin * stride_p, mask=real, other=0).to(tl.float32)  # near the mean: squares stay small
+    one, two = tl.zeros((BLOCK_C, BLOCK_P), tl.float32), tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for at in range(begin, end, BLOCK_P):
+        pixel = at + tl.arange(0, BLOCK_P)
+        known = real[:, None] & (pixel < end)[None, :]
+        v = tl.load(rows[:, None] + (pixel * stride_p)[None, :], mask=known, other=0).to(tl.float32)
+        v = tl.where(known, v - centre[:, None], 0)
+        one += v
+        two += v * v
+    one, two = tl.sum(one, 1) / (end - begin), tl.sum(two, 1)
+    at = (split * B + image) * C + channel
+    tl.store(parts + at, centre + one, mask=real)
+    tl.store(parts + tl.num_programs(1) * B * C + at, two - one * one * (end - begin), mask=real)
+
+
+@jit
+def _fold_moments(
+    parts, coefficients, weight, bias, scale, shift, G, each, P, splits, chunk, eps,
+    ADAPTIVE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Joins the moments of a group's channels and chunks: Chan et al. (1979), eq. 2.1."""
+    group, batch = tl.program_id(0), tl.num_programs(0) // G
+    image, C = group // G, G * each
+    split, own = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
+    channel = (group % G) * each + own
+    known = (split < splits)[:, None] & (own < each)[None, :]
+    at = (split[:, None] * batch + image) * C + channel[None, :]
+    means = tl.load(parts + at, mask=known, other=0)
+    squares = tl.load(parts + splits * batch * C + at, mask=known, other=0)
+    pixels = tl.where(known, tl.minimum(chunk, P - split * chunk)[:, None], 0).to(tl.float32)
+    mean = tl.sum(pixels * means) / (each * P)
+    apart = tl.where(known, means - mean, 0)
+    rstd = 1 / tl.sqrt(tl.sum(squares + pixels * apart * apart) / (each * P) + eps)
+    _store_coefficients(
+        coefficients, weight, bias, scale, shift, mean, rstd, image, channel, own < each, batch, C, ADAPTIVE
+    )
+
+
+@jit
+def _apply(x, y, coefficients, B, C, P, stride_b, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """y = silu(slope (x - mean) + offset)."""
+    image, channel = _tile(tl.program_id(0), C, BLOCK_C)
+    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    real, of = channel < C, coefficients + image * C + channel
+    mean = tl.load(of, mask=real, other=0)[:, None]
+    slope, offset = (
+        tl.load(of + 2 * B * C, mask=real, other=0)[:, None],
+        tl.load(of + 3 * B * C, mask=real, other=0)[:, None],
+    )
+    at = image.to(tl.int64) * stride_b + (channel * stride_c)[:, None] + (pixel * stride_p)[None, :]
+    known = real[:, None] & (pixel < P)[None, :]
+    h = slope * (tl.load(x + at, mask=known, other=0).to(tl.float32) - mean) + offset
+    tl.store(y + at, h * tl.sigmoid(h), mask=known)
+
+
+@jit
+def _sums(
+    x,
+    dy,
+    coefficients,
+    parts,
+    B,
+    C,
+    P,
+    stride_b,
+    stride_c,
+    stride_p,
+    chunk,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Of each channel over one chunk of pixels: the sums of dh and of dh times the normalised x. parts (2, splits, B, C)."""
+    image, channel = _tile(tl.program_id(0), C, BLOCK_C)
+    split, real = tl.program_id(1), channel < C
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, P)
+    of = coefficients + image * C + channel
+    mean, rstd = tl.load(of, mask=real, other=0)[:, None], tl.load(of + B * C, mask=real, other=0)[:, None]
+    slope, offset = (
+        tl.load(of + 2 * B * C, mask=real, other=0)[:, None],
+        tl.load(of + 3 * B * C, mask=real, other=0)[:, None],
+    )
+    rows = image.to(tl.int64) * stride_b + channel * stride_c
+    one, two = tl.zeros((BLOCK_C, BLOCK_P), tl.float32), tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for first in range(begin, end, BLOCK_P):
+        pixel = first + tl.arange(0, BLOCK_P)
+        known = real[:, None] & (pixel < end)[None, :]
+        at = rows[:, None] + (pixel * stride_p)[None, :]
+        centred = tl.load(x + at, mask=known, other=0).to(tl.float32) - mean
+        h = slope * centred + offset
+        s = tl.sigmoid(h)
+        dh = tl.load(dy + at, mask=known, other=0).to(tl.float32) * s * (1 + h * (1 - s))
+        one += dh
+        two += dh * centred * rstd
+    at = (split * B + image) * C + channel
+    tl.store(parts + at, tl.sum(one, 1), mask=real)
+    tl.store(parts + tl.num_programs(1) * B * C + at, tl.sum(two, 1), mask=real)
+
+
+@jit
+def _input_gradient(
+    x, dy, dx, coefficients, means, B, C, P, stride_b, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """dx = slope dh - (mean of w dh + normalised x times mean of w dh normalised x) / deviation."""
+    image, channel = _tile(tl.program_id(0), C, BLOCK_C)
+    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    real, of = channel < C, image * C + channel
+    mean = tl.load(coefficients + of, mask=real, other=0)[:, None]
+    rstd = tl.load(coefficients + B * C + of, mask=real, other=0)[:, None]
+    slope = tl.load(coefficients + 2 * B * C + of, mask=real, other=0)[:, None]
+    offset = tl.load(coefficients + 3 * B * C + of, mask=real, other=0)[:, None]
+    one = tl.load(means + of, mask=real, other=0)[:, None]
+    two = tl.load(means + B * C + of, mask=real, other=0)[:, None]
+    at = image.to(tl.int64) * stride_b + (channel * stride_c)[:, None] + (pixel * stride_p)[None, :]
+    known = real[:, None] & (pixel < P)[None, :]
+    centred = tl.load(x + at, mask=known, other=0).to(tl.float32) - mean
+    h = slope * centred + offset
+    s = tl.sigmoid(h)
+    dh = tl.load(dy + at, mask=known, other=0).to(tl.float32) * s * (1 + h * (1 - s))
+    tl.store(dx + at, slope * dh - rstd * (one + centred * rstd * two), mask=known)

@@ -1,0 +1,23 @@
+"""What the compiler is told of each kernel, as the launchers call it: types of the arguments, and constants."""
+
+import os
+
+from cmlab.kernels import jvp, norm, step
+
+KIND = os.environ["KERNEL_DTYPE"]
+X, F = f"*{KIND}", "*fp32"
+TILE, STRIDES = dict(BLOCK_C=1, BLOCK_P=1024), ["i32"] * 6
+PAIRS = dict(ROWS=32, COLUMNS=32, BLOCK_D=64, PRECISION="ieee" if KIND == "fp32" else "tf32")
+NUMBERS = ["i32", "i32", "fp32", "fp32"]
+SIGNATURES = [
+    (norm._whole_group, [X, X, F, X, X, X, X, "i32", "i32", "i32", "fp32"], dict(ADAPTIVE=True, BLOCK=8192, BLOCK_C=8)),
+    (norm._moments, [X, F, *STRIDES, "i32"], TILE),
+    (norm._fold_moments, [F, F, X, X, X, X, *["i32"] * 5, "fp32"], dict(ADAPTIVE=True, BLOCK_S=4, BLOCK_C=8)),
+    (norm._apply, [X, X, F, *STRIDES], TILE),
+    (norm._sums, [X, X, F, F, *STRIDES, "i32"], TILE),
+    (norm._input_gradient, [X, X, X, F, F, *STRIDES], TILE),
+    (jvp._attend, [*[X] * 8, F, F, *NUMBERS], PAIRS),
+    (jvp._key_gradients, [*[X] * 8, *[F] * 4, *[X] * 4, *NUMBERS], PAIRS),
+    (jvp._query_gradients, [*[X] * 8, *[F] * 4, *[X] * 2, *NUMBERS], PAIRS),
+    (step._advance, [F, X, F, "*i64", F, "i32", "i32", "i32"], dict(NOISY=True, CLIP=True, BLOCK=512)),
+]  # fmt: skip
