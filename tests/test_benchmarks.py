@@ -20,3 +20,15 @@ def test_the_widgets_benchmark_moves_every_control_of_a_lesson():
     done = subprocess.run([sys.executable, script, "00"], capture_output=True, text=True)
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("00_start_here")]
     assert [row[1] for row in rows] == ["sigma"] and float(rows[0][2]) > 0, done.stderr[-2000:]
+
+
+def test_the_kernels_benchmark_runs_dry_where_there_is_no_gpu(tmp_path):
+    """Its figures mean something on a GPU only; here every part must run, and say what it could not."""
+    script, table = Path(__file__).parents[1] / "benchmarks" / "kernels.py", tmp_path / "table.md"
+    done = subprocess.run([sys.executable, script, "--small", "--output", table], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = table.read_text()
+    assert text.count("\n## ") == 5 and "torch 2" in text and "commit" in text
+    for way in ("kernel", "compiled", "math path", "diffusers compiled"):
+        assert re.search(rf"\| {way} \| \d+\.\d+ ms \|", text), way
+    assert "CUDA C++ | not run" in text and "CUDA graph | not run" in text

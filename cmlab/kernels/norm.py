@@ -42,7 +42,7 @@ def group_norm_silu(
     GroupNorm: Wu & He (2018), eq. 1; with scale and shift, the adaptive one of Dhariwal & Nichol (2021), sec. 3. Statistics are
     float32 whatever the precision of x. Raises ValueError for shapes that do not fit.
     """
-    _check(x, weight, bias, groups, scale, shift)
+    check(x, weight, bias, groups, scale, shift)
     given = [t for t in (x, weight, bias, scale, shift) if t is not None]
     if x.numel() and not forward_mode() and enabled(*given):
         return torch.ops.cmlab.group_norm_silu(x, weight, bias, scale, shift, groups, eps)[0]
@@ -57,7 +57,7 @@ def reference(x, weight, bias, groups=32, eps=1e-5, scale=None, shift=None) -> T
     return F.silu(h)
 
 
-def _check(x, weight, bias, groups, scale, shift) -> None:
+def check(x, weight, bias, groups, scale, shift) -> None:
     if x.ndim < 2 or x.shape[1] % whole("groups", groups):
         raise ValueError(f"groups must divide the channels of x (B, C, …), got {groups} and shape {tuple(x.shape)}")
     same_shape("weight", weight, (x.shape[1],))
