@@ -34,7 +34,7 @@ class LogWeight(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """c_noise (B,) = 250 ln(sigma) -> (B,)."""
-        return self.leave(fourier(c_noise / 250, self.features)).flatten()
+        return self.leave(fourier(c_noise / 250, self.features, highest=2.0)).flatten()
 
 
 def column(v: Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from cmlab.checks import known, whole
 from cmlab.files import write_file, write_text
 from cmlab.noise import karras_sigmas
 from cmlab.released import RELEASED
-from cmlab.scaling import ConsistencyModel
+from cmlab.scaling import ONE_CALL
 from cmlab.streams import Streams, get_generator
 
 BATCH, PIXELS = 250, 200_000  # pictures a network call; fewer where they have more numbers than this together
@@ -135,7 +135,7 @@ def _classes(model, num: int, labels: tuple[int, ...]) -> Tensor | None:
 
 def plan(model, steps: int | None = None, sampler: str | None = None) -> tuple[str, list[float]]:
     """The sampler's name and its noise levels, as Drawing takes them. Raises ValueError for what does not fit the model."""
-    consistency = model.kind == ConsistencyModel.kind
+    consistency = model.kind in ONE_CALL
     steps = whole("steps", steps if steps is not None else 1 if consistency else 18)
     name = sampler or ("heun" if not consistency else "onestep" if steps == 1 else "multistep")
     known(f"sampler for a {model.kind} model:", name, CONSISTENCY if consistency else DIFFUSION)

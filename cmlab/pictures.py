@@ -20,7 +20,7 @@ from cmlab.files import write_file
 from cmlab.noise import karras_sigmas
 from cmlab.prepared import Prepared
 from cmlab.sampling import end_of
-from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.scaling import ONE_CALL, ConsistencyModel, Denoiser
 from cmlab.sources import picture
 from cmlab.streams import Streams
 
@@ -91,7 +91,7 @@ def edited(
 def check_edit(model, task: str, pictures: int) -> None:
     """Raises ValueError for a task that is none, a model that cannot edit, and for too many pictures or too few."""
     known("task", task, TASKS)
-    if model.kind != ConsistencyModel.kind:
+    if model.kind not in ONE_CALL:
         raise ValueError(f"editing needs a consistency model, got a {model.kind}")
     wanted = 2 if task == "interpolate" else 1
     if pictures != wanted:
@@ -187,7 +187,7 @@ def _between(
         raise ValueError(
             "interpolate needs a denoiser: a diffusion model of the same data (digits-edm) to find the noises"
         )
-    if teacher.kind == ConsistencyModel.kind:
+    if teacher.kind in ONE_CALL:
         raise ValueError("denoiser must be a diffusion model, got a consistency model")
     sigmas = karras_sigmas(max(steps, 2), model.sigma_min, model.sigma_max)
     if labels is not None and labels[0] != labels[1]:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmlab import checkpoints
 from cmlab.checks import known, positive
+from cmlab.continuous import ContinuousTraining, MeanFlowTraining
 from cmlab.data import Data, Prepared
 from cmlab.distances import LPIPS
 from cmlab.models import build
@@ -54,6 +55,8 @@ def network_calls(recipe: Recipe) -> float:
         return own + 2
     if isinstance(objective, ConsistencyDistillation):
         return own + 1 + objective.substeps * (1 if objective.solver == "euler" else 2)
+    if isinstance(objective, ContinuousTraining | MeanFlowTraining):
+        return own + 2 + objective.needs_teacher  # a pass that carries tangents is two
     return own + 1
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cmlab.checks import known, positive, whole, within
+from cmlab.continuous import ContinuousDistillation, ContinuousTraining, MeanFlowTraining
 from cmlab.distances import LPIPS, PseudoHuber, l2
 from cmlab.noise import LogNormal
 from cmlab.objectives import (
@@ -126,6 +127,9 @@ MOONS_NET = dict(name="mlp", shape=[2], width=128, depth=3, embedding=64)
 MOONS = dict(sigma_min=0.002, sigma_max=10.0)
 DISTIL = dict(num_scales=6, substeps=2, mu_0=0.95, distance=PseudoHuber(0.03))
 FROM_EDM = dict(data="digits", network=DIGITS_NET, init_from="digits-edm")
+# Continuous time differentiates by the noise level: an embedding that changes slowly with it, and a tangent hardly cut (lesson 07).
+SLOW = dict(highest=1.0)
+STEADY = dict(normalize=1.0, tangent_warmup=0.5)
 
 _ALL = [
     Recipe(
@@ -161,6 +165,21 @@ _ALL = [
         "digits-pd-short", objective=ProgressiveDistillation(**DIGITS, start=8, stage_steps=100), iterations=500, batch=256,
         teacher="digits-edm", **FROM_EDM,
         cost="25 s", expected="a one-step model by three halvings: see lesson 03",
+    ),
+    Recipe(
+        "digits-scd-short", objective=ContinuousDistillation(**DIGITS, **STEADY), iterations=300, batch=512, lr=5e-4, decay=0.6,
+        teacher="digits-edm", **FROM_EDM | {"network": DIGITS_NET | SLOW},
+        cost="30 s", expected="FD about that of digits-cd-short in one call: see lesson 07",
+    ),
+    Recipe(
+        "digits-sct-short", objective=ContinuousTraining(**DIGITS, **STEADY), iterations=350, batch=512, lr=5e-4, decay=0.6,
+        **FROM_EDM | {"network": DIGITS_NET | SLOW},
+        cost="30 s", expected="see lesson 07",
+    ),
+    Recipe(
+        "digits-meanflow-short", objective=MeanFlowTraining(**DIGITS), iterations=350, batch=512, decay=0.6,
+        **FROM_EDM | {"network": DIGITS_NET | SLOW | {"jumps": True}},
+        cost="30 s", expected="see lesson 07",
     ),
     Recipe(
         "digits-ct", objective=EasyConsistencyTuning(**DIGITS, distance=PseudoHuber(0.03)), iterations=3000, batch=1024,
@@ -204,6 +223,21 @@ _ALL = [
         ConsistencyTraining(**MOONS, start=2, end=40, mu_0=0.9, distance=PseudoHuber(0.03)), iterations=1500, batch=384,
         precision="fp32",
         cost="15 s", expected="two moons without a teacher",
+    ),
+    Recipe(
+        "moons-scd", "moons", MOONS_NET | SLOW, ContinuousDistillation(**MOONS, **STEADY, weight="uniform"), iterations=1000,
+        lr=2e-3, decay=0.6, precision="fp32", teacher="exact",
+        cost="15 s", expected="one call as close to the data as moons-cd's",
+    ),
+    Recipe(
+        "moons-sct", "moons", MOONS_NET | SLOW, ContinuousTraining(**MOONS, **STEADY, weight="uniform"), iterations=1000,
+        lr=2e-3, decay=0.6, precision="fp32",
+        cost="10 s", expected="two moons without a teacher and without a grid",
+    ),
+    Recipe(
+        "moons-meanflow", "moons", MOONS_NET | SLOW | {"jumps": True}, MeanFlowTraining(**MOONS), iterations=1000, lr=3e-3,
+        precision="fp32",
+        cost="10 s", expected="two moons by average velocities",
     ),
 ]  # fmt: skip
 _PUBLISHED_EMA = (0.999, 0.9999, 0.9999432189950708)

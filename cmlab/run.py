@@ -24,6 +24,7 @@ from cmlab.data import Data, Prepared
 from cmlab.exact import DatasetDenoiser
 from cmlab.files import write_file
 from cmlab.models import build
+from cmlab.models.small import retimed
 from cmlab.objectives import Objective, ProgressiveDistillation
 from cmlab.parallel import Sharing, accelerator_on, averaging, gathered, load_model, load_optimizer
 from cmlab.recipes import PRECISIONS, Recipe
@@ -110,8 +111,11 @@ class Run:
     def _start_from(self, student: Denoiser) -> None:
         start = checkpoints.load(self.recipe.init_from)
         own = {k: v for k, v in student.net.state_dict().items() if k.startswith("way.")}  # a denoiser knows no jumps
+        weights, highest = start.net.state_dict(), getattr(student.net, "highest", None)
+        if highest != getattr(start.net, "highest", highest):
+            weights = retimed(start.net, highest, student.sigma_min, student.sigma_max)
         try:
-            student.net.load_state_dict(own | start.net.state_dict())
+            student.net.load_state_dict(own | weights)
         except RuntimeError:
             raise ValueError(
                 f"the model to start from, {self.recipe.init_from}, has another network than the recipe: {start.net.config}, "

@@ -166,3 +166,8 @@ class MeanFlow(ConsistencyModel):
         """u(z, r, t) of z (B, …) at times 0 <= r <= t < 1, (B,) each -> (B, …)."""
         t_ = t.reshape(-1, *[1] * (z.ndim - 1))
         return (z - self(z / (1 - t_), t / (1 - t), labels, 1 - r / t)) / t_
+
+
+ONE_CALL = tuple(
+    kind.kind for kind in (ConsistencyModel, TrigFlow, MeanFlow)
+)  # the kinds whose one call makes a picture

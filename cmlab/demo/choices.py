@@ -12,7 +12,7 @@ import torch
 from cmlab import checkpoints
 from cmlab.checks import known
 from cmlab.released import RELEASED, SCALINGS
-from cmlab.scaling import ConsistencyModel, Denoiser
+from cmlab.scaling import ONE_CALL, Denoiser
 from cmlab.weights import read_json
 
 RUNS = Path("runs")
@@ -41,7 +41,7 @@ class Choice:
     @property
     def consistency(self) -> bool:
         """Whether one call makes a picture."""
-        return self.kind == ConsistencyModel.kind
+        return self.kind in ONE_CALL
 
     def load(self) -> Denoiser:
         """The model, on the GPU if there is one; the ones that were used last are kept."""
@@ -113,7 +113,7 @@ def _of_folder(name: str, folder: Path) -> Choice | None:
         levels = float(config["sigma_min"]), float(config["sigma_max"])
     except (ValueError, KeyError, TypeError, OSError):
         return None
-    if kind not in (Denoiser.kind, ConsistencyModel.kind) or len(shape) != 3 or not isinstance(classes, int | None):
+    if kind not in (Denoiser.kind, *ONE_CALL) or len(shape) != 3 or not isinstance(classes, int | None):
         return None
     return Choice(name, folder, kind, shape, classes, config.get("data"), *levels)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmlab.checks import check_labels, same_shape, whole
+from cmlab.checks import check_labels, positive, same_shape, whole
 
 
 class ResidualMLP(nn.Module):
@@ -18,7 +18,8 @@ class ResidualMLP(nn.Module):
     all of it through its width. Every block is modulated by the noise level and the class (adaptive layer norm, as in DiT:
     Peebles & Xie 2023, sec. 3.2). num_classes=None: unconditional. Weights may be of any floating dtype: x is cast to it on
     the way in, the output back to x's. jumps=True: the network is also told the way (B,) in [0, 1] of a jump, how much of the noise
-    it is to take away (scaling.MeanFlow); what it makes of it starts at nothing.
+    it is to take away (scaling.MeanFlow); what it makes of it starts at nothing. highest is the largest frequency of the noise level's
+    embedding, in rad a unit of ln(sigma): what is to be differentiated by the noise level wants a small one (lesson 07).
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ResidualMLP(nn.Module):
         dropout: float = 0.0,
         embedding: int = 128,
         jumps: bool = False,
+        highest: float = 10.0,
     ):
         super().__init__()
         whole("width", width)
@@ -44,9 +46,9 @@ class ResidualMLP(nn.Module):
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         self.config = dict(
             name="mlp", shape=list(shape), width=width, depth=depth, num_classes=num_classes, dropout=dropout,
-            embedding=embedding, **({"jumps": True} if jumps else {}),
+            embedding=embedding, **({"jumps": True} if jumps else {}), **({"highest": highest} if highest != 10.0 else {}),
         )  # fmt: skip
-        self.shape, self.num_classes = tuple(shape), num_classes
+        self.shape, self.num_classes, self.highest = tuple(shape), num_classes, positive("highest", highest)
         size = math.prod(self.shape)
         self.time = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(num_classes, embedding) if num_classes is not None else None
@@ -69,7 +71,7 @@ class ResidualMLP(nn.Module):
             )
         check_labels(labels, len(x), self.num_classes)
         dtype = self.enter.weight.dtype
-        emb = self.time(fourier(c_noise / 250, self.config["embedding"]).to(dtype))  # (B, E) of ln(sigma)
+        emb = self.time(fourier(c_noise / 250, self.config["embedding"], self.highest).to(dtype))  # (B, E) of ln(sigma)
         if self.label is not None:
             emb = emb + self.label(labels)
         if way is not None:
@@ -99,11 +101,27 @@ class Block(nn.Module):
         return h + self.second(self.dropout(F.silu(self.first(inner))))
 
 
-def fourier(t: Tensor, size: int) -> Tensor:
-    """cos and sin of t (B,) at size / 2 frequencies, spaced geometrically from 0.1 to 10 rad a unit -> (B, size)."""
-    frequencies = torch.logspace(-1, 1, size // 2, device=t.device)
+def fourier(t: Tensor, size: int, highest: float = 10.0) -> Tensor:
+    """cos and sin of t (B,) at size / 2 frequencies, spaced geometrically from 0.1 to highest rad a unit -> (B, size)."""
+    frequencies = torch.logspace(-1, math.log10(highest), size // 2, device=t.device)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@torch.no_grad()
+def retimed(start: ResidualMLP, highest: float, sigma_min: float, sigma_max: float) -> dict[str, Tensor]:
+    """The weights of a network, for one like it whose embedding of the noise level has another highest frequency.
+
+    The first layer after the embedding is fitted to what it gave, by least squares over the levels from sigma_min to sigma_max:
+    what was finer than the new frequencies is gone.
+    """
+    level = torch.linspace(math.log(sigma_min), math.log(sigma_max), 2000)
+    size, layer = start.config["embedding"], start.time[0]
+    aim = layer(fourier(level, size, start.highest)).double()
+    inputs = F.pad(fourier(level, size, highest).double(), (0, 1), value=1.0)  # the last column is the bias
+    ridge = 1e-4 * len(level) * torch.eye(size + 1, dtype=torch.float64)  # neighbouring frequencies are nearly the same
+    fitted = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ aim).float()
+    return start.state_dict() | {"time.0.weight": fitted[:-1].T.contiguous(), "time.0.bias": fitted[-1]}
 
 
 def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
