@@ -6,6 +6,7 @@ it comes with the network's output from one pass in forward mode (jvp).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ from cmlab.scaling import Denoiser, MeanFlow, TrigFlow
 
 def jvp(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """function(*at) and its derivative in the direction `along`, both without a graph: (B, …), (B, …)."""
-    with torch.no_grad():  # stops reverse mode only
+    with torch.no_grad(), warnings.catch_warnings():  # no_grad stops reverse mode only
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own, at the first derivative
         return torch.func.jvp(function, at, along)
 
 
