@@ -32,3 +32,12 @@ def test_the_kernels_benchmark_runs_dry_where_there_is_no_gpu(tmp_path):
     for way in ("kernel", "compiled", "math path", "diffusers compiled"):
         assert re.search(rf"\| {way} \| \d+\.\d+ ms \|", text), way
     assert "CUDA C++ | not run" in text and "CUDA graph | not run" in text
+
+
+def test_the_speed_benchmark_agrees_with_losses_written_out(tmp_path):
+    """Its ratios are for who reads them; what must hold is that both sides train the same: the script asserts that of each objective."""
+    script, table = Path(__file__).parents[1] / "benchmarks" / "speed.py", tmp_path / "table.md"
+    done = subprocess.run([sys.executable, script, "--small", "--output", table], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"^\| (digits-\S+) \| \d+ \| \d+ \| \d+ \| \d+\.\d\d \|$", table.read_text(), re.M)
+    assert len(rows) == 9 and "| jvp |" in table.read_text() and "35 calls" in table.read_text()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys import draws, random_model, random_net
 
+import cmlab
 from cmlab import sampling
 from cmlab.continuous import (
     ContinuousDistillation,
@@ -18,6 +19,9 @@ from cmlab.continuous import (
 )
 from cmlab.distances import l2
 from cmlab.exact import DatasetDenoiser
+from cmlab.metrics import frechet_distance
+from cmlab.models import build
+from cmlab.models.small import fourier, retimed
 from cmlab.noise import add_noise
 from cmlab.objectives import ConsistencyDistillation, ConsistencyTraining
 from cmlab.ode import velocity
@@ -306,6 +310,62 @@ def test_distillation_without_a_teacher_is_refused():
     student, (images, noise) = TrigFlow(wide_net()), batch()
     with pytest.raises(ValueError, match="needs a teacher"):
         ContinuousDistillation()(student, images, None, noise, SIGMAS, torch.ones_like(SIGMAS))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digits-scd-short", "digits-sct-short", "digits-meanflow-short"])
+def test_a_training_goes_on_where_it_was_cut_and_its_model_is_saved(name, tmp_path):
+    network = dict(width=32, depth=1, embedding=16)
+    recipe = cmlab.get_recipe(name)
+    recipe = recipe.replace(network=recipe.network | network, init_from=None, iterations=6, batch=16, precision="fp32")
+    *_, whole = cmlab.train(recipe, device="cpu")
+    *_, _ = cmlab.train(recipe, device="cpu", folder=tmp_path, stop=stop_after(3))
+    *_, last = cmlab.train(recipe, device="cpu", folder=tmp_path, resume=True)
+    for a, b in zip(whole.model.parameters(), last.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    loaded, x, labels = cmlab.load(tmp_path / "model"), draws(4, 1, 8, 8), torch.arange(4)
+    assert type(loaded) is type(last.model) and torch.allclose(
+        loaded(x, 3.0, labels), last.model(x, 3.0, labels), atol=1e-6
+    )
+
+
+def stop_after(steps):
+    done = iter([*[False] * (steps - 1), True])
+    return lambda: next(done)
+
+
+def test_sixty_steps_of_scd_leave_the_blur_of_the_diffusion_model_behind():
+    """One call of digits-edm gives the mean of a class; sCD's short start must already be nearer to digits. Seeded."""
+    recipe = cmlab.get_recipe("digits-scd-short").replace(iterations=60, batch=256, precision="fp32", ema=0.9)
+    digits, extract = cmlab.load_data("digits"), cmlab.extractors.get_extractor("digits-classifier")
+    *_, last = cmlab.train(recipe, device="cpu")
+    noise = draws(*digits.images.shape)
+
+    def distance(model):
+        samples = sampling.sample_onestep(model, noise, digits.labels)
+        return frechet_distance(extract(samples).features, extract(digits.images).features)
+
+    assert distance(last.model) < 0.25 * distance(cmlab.load("digits-edm"))
+
+
+def test_other_frequencies_leave_the_function_as_it_was():
+    """digits-edm's first layer, fitted to frequencies ten times as slow: the same denoiser to a few per cent."""
+    model, x = cmlab.load("digits-edm"), draws(64, 1, 8, 8)
+    slow = build(model.net.config | {"highest": 1.0})
+    slow.load_state_dict(retimed(model.net, 1.0, 0.002, 20.0))
+    slow, labels = Denoiser(slow.eval(), model.sigma_data), torch.arange(64) % 10
+    for sigma in (0.05, 0.5, 5.0):
+        right = model(x * sigma, sigma, labels)
+        assert (slow(x * sigma, sigma, labels) - right).norm() < 0.06 * right.norm()
+
+
+def test_a_slow_embedding_changes_slowly():
+    t = torch.linspace(-6, 3, 500).requires_grad_()
+    for highest in (1.0, 10.0):
+        _, change = jvp(lambda t, h=highest: fourier(t, 64, h), (t,), (torch.ones_like(t),))
+        assert abs(float(change.abs().max()) - highest) < 0.02 * highest
 
 
 @pytest.mark.parametrize("kind", [TrigFlow, MeanFlow])

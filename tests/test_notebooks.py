@@ -11,7 +11,8 @@ from cmlab.committed import problems
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SERIES = [
     "00_start_here", "01_probability_flow_ode", "02_consistency_distillation", "03_consistency_training",
-    "04_evaluation", "05_editing", "06_released_models", "09_your_own_data",
+    "04_evaluation", "05_editing", "06_released_models", "07_continuous_time", "08_gpu_kernels",
+    "09_your_own_data",
 ]  # fmt: skip
 LESSONS = [FOLDER / f"{name}.ipynb" for name in SERIES]
 SOLUTIONS = [FOLDER / "solutions" / f"{name}_solution.ipynb" for name in SERIES]

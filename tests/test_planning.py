@@ -33,6 +33,8 @@ def test_the_imagenet_network_needs_some_two_hundred_gigaflop_an_image():
         ("ct-imagenet64", 3 + 1),
         ("digits-cd", 3 + 1 + 4),  # two substeps
         ("digits-pd-short", 3 + 2),
+        ("digits-scd-short", 3 + 2 + 1),  # a pass that carries tangents, and the teacher
+        ("digits-meanflow-short", 3 + 2),
     ],
 )
 def test_network_calls_of_a_training_image(recipe, calls):

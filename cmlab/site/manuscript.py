@@ -15,8 +15,9 @@ from cmlab.lessons import RESULTS_MIME
 REFERENCE = {
     "Models and noise": ["noise", "scaling", "exact", "streams", "models.unet", "models.small", "models.winograd"],
     "Drawing and editing": ["ode", "sampling", "drawing", "editing", "pictures"],
-    "Training": ["distances", "objectives", "recipes", "training", "planning"],
+    "Training": ["distances", "objectives", "continuous", "recipes", "training", "planning"],
     "Data and files": ["data", "sources", "prepare", "prepared", "checkpoints", "released", "interop", "downloads"],
+    "GPU kernels": ["kernels.norm", "kernels.jvp", "kernels.step", "kernels.twin", "kernels.dispatch"],
     "Measuring and showing": ["metrics", "extractors", "plots", "widgets.paths", "widgets.curves", "widgets.samples", "widgets.live"],
 }  # fmt: skip
 WIDGET = "application/vnd.jupyter.widget-view+json"
