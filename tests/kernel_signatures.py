@@ -2,12 +2,15 @@
 
 import os
 
+import torch
+
 from cmlab.kernels import jvp, norm, step
 
 KIND = os.environ["KERNEL_DTYPE"]
 X, F = f"*{KIND}", "*fp32"
 TILE, STRIDES = dict(BLOCK_C=1, BLOCK_P=1024), ["i32"] * 6
-PAIRS = dict(ROWS=32, COLUMNS=32, BLOCK_D=64, PRECISION="ieee" if KIND == "fp32" else "tf32")
+HEADS = torch.empty(1, 1, 1, 64, dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[KIND])
+FORWARD, BACKWARD = jvp._blocks(HEADS, *jvp.FORWARD), jvp._blocks(HEADS, *jvp.BACKWARD)
 NUMBERS = ["i32", "i32", "fp32", "fp32"]
 SIGNATURES = [
     (norm._whole_group, [X, X, F, X, X, X, X, "i32", "i32", "i32", "fp32"], dict(ADAPTIVE=True, BLOCK=8192, BLOCK_C=8)),
@@ -16,8 +19,8 @@ SIGNATURES = [
     (norm._apply, [X, X, F, *STRIDES], TILE),
     (norm._sums, [X, X, F, F, *STRIDES, "i32"], TILE),
     (norm._input_gradient, [X, X, X, F, F, *STRIDES], TILE),
-    (jvp._attend, [*[X] * 8, F, F, *NUMBERS], PAIRS),
-    (jvp._key_gradients, [*[X] * 8, *[F] * 4, *[X] * 4, *NUMBERS], PAIRS),
-    (jvp._query_gradients, [*[X] * 8, *[F] * 4, *[X] * 2, *NUMBERS], PAIRS),
+    (jvp._attend, [*[X] * 8, F, F, *NUMBERS], FORWARD),
+    (jvp._key_gradients, [*[X] * 8, *[F] * 4, *[X] * 4, *NUMBERS], BACKWARD),
+    (jvp._query_gradients, [*[X] * 8, *[F] * 4, *[X] * 2, *NUMBERS], BACKWARD),
     (step._advance, [F, X, F, "*i64", F, "i32", "i32", "i32"], dict(NOISY=True, CLIP=True, BLOCK=512)),
 ]  # fmt: skip

@@ -362,7 +362,7 @@ for kernel, kinds, constants in SIGNATURES:
     signature = {n: "constexpr" if n in constants else k for n, k in zip(names, [*kinds, *[None] * len(constants)])}
     for capability in (80, 90):
         binary = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
-        print(kernel.__name__, capability, len(binary.asm["cubin"]))
+        print(kernel.__name__, capability, len(binary.asm["cubin"]), binary.metadata.shared)
 """
 
 
@@ -373,6 +373,6 @@ def test_the_kernels_compile_for_ampere_and_hopper(dtype, tmp_path):
     env |= dict(TRITON_CACHE_DIR=str(tmp_path), KERNEL_DTYPE=dtype)
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILING], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.splitlines()) == 2 * 10 and all(
-        int(line.split()[2]) > 1000 for line in run.stdout.splitlines()
-    )
+    made = [[int(number) for number in line.split()[1:]] for line in run.stdout.splitlines()]
+    assert len(made) == 2 * 10 and all(size > 1000 for _, size, _ in made)
+    assert all(shared <= {80: 163, 90: 227}[capability] * 1024 for capability, _, shared in made)  # a multiprocessor's

@@ -145,6 +145,7 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 LOG2E = math.log2(math.e)  # powers of two are one instruction
+FORWARD, BACKWARD = (64, 64), (64, 32)  # tokens that stay with a program, tokens that pass by
 
 
 def _laid_out(*given: Tensor) -> tuple[Tensor, ...]:
@@ -164,7 +165,7 @@ def _launch_forward(q, k, v, tq, tk, tv) -> tuple[Tensor, Tensor, Tensor, Tensor
     batch, heads, tokens, size = q.shape
     out, tangent = torch.empty_like(q), torch.empty_like(q)
     total, mu = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    blocks = _blocks(q, 64, 64)
+    blocks = _blocks(q, *FORWARD)
     grid = (triton.cdiv(tokens, blocks["ROWS"]), batch * heads)
     _attend[grid](q, k, v, tq, tk, tv, out, tangent, total, mu, tokens, size, size**-0.5, LOG2E, **blocks)
     return out, tangent, total, mu
@@ -173,7 +174,7 @@ def _launch_forward(q, k, v, tq, tk, tv) -> tuple[Tensor, Tensor, Tensor, Tensor
 def _launch_backward(q, k, v, tq, tk, tv, g, h, total, mu, a, e) -> tuple[Tensor, ...]:
     batch, heads, tokens, size = q.shape
     gradients = tuple(torch.empty_like(q) for _ in range(6))
-    blocks = _blocks(q, 64, 32)
+    blocks = _blocks(q, *BACKWARD)
     sizes = (tokens, size, size**-0.5, LOG2E)
     for kernel, (one, two, three, four) in (
         (_key_gradients, (gradients[1], gradients[4], gradients[2], gradients[5])),
