@@ -67,6 +67,10 @@ class Bench:
             times.append(start.elapsed_time(end) / 1000)
         return median(times)
 
+    def compiled(self, function: Callable) -> Callable:
+        """torch.compile; in a dry run without its compiler, which would take minutes."""
+        return torch.compile(function, backend="aot_eager" if self.small else "inductor")
+
     def table(self, title: str, columns: list[str]) -> None:
         """Begins a table."""
         self.lines += ["", f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
@@ -109,7 +113,7 @@ def group_norm_silu(bench: Bench) -> None:
         "group_norm_silu, bfloat16, with scale and shift", ["shape", "way", "time", "of copy bandwidth", "x eager"]
     )
     large = [(1, 192, 64, 64), (16, 192, 64, 64), (16, 384, 32, 32), (64, 192, 64, 64), (4, 256, 256, 256)]
-    compiled = torch.compile(norm.reference)
+    compiled = bench.compiled(norm.reference)
     for shape in [(2, 32, 4, 4)] if bench.small else large:
         for layout in (torch.contiguous_format, torch.channels_last):
             one_norm(bench, shape, layout, compiled)
@@ -139,7 +143,7 @@ def one_norm(bench: Bench, shape: tuple[int, ...], layout: torch.memory_format, 
 def jvp_attention(bench: Bench) -> None:
     """Against the quadratic form, differentiated by PyTorch and written out, and the published package."""
     bench.table("jvp_attention, bfloat16, 16 heads of 64", ["tokens", "way", "time", "of matmul rate", "x math path"])
-    compiled = torch.compile(jvp.reference)
+    compiled = bench.compiled(jvp.reference)
     for tokens in (32,) if bench.small else (256, 1024, 2048, 4096):
         one_attention(bench, tokens, compiled)
 
@@ -184,7 +188,7 @@ def fused_step(bench: Bench) -> None:
     def kernel(x, output, coefficients, seeds):
         return torch.ops.cmlab.fused_step(x, output, coefficients, seeds, 1, True)
 
-    ways = {"eager": eager, "compiled": torch.compile(eager), "kernel": kernel}
+    ways = {"eager": eager, "compiled": bench.compiled(eager), "kernel": kernel}
     for shape in [(2, 3, 8, 8)] if bench.small else [(16, 3, 64, 64), (256, 3, 64, 64), (64, 3, 256, 256)]:
         x, seeds = normal(bench, *shape, dtype=torch.float32), torch.arange(shape[0], device=bench.device)
         coefficients = torch.tensor([0.3, 0.7, 0.0, 0.5], device=bench.device)[:, None].expand(4, shape[0]).contiguous()
@@ -198,14 +202,14 @@ def sampling(bench: Bench) -> None:
     bench.table("one-step ImageNet-64 sampling, bfloat16, channels last", columns)
     ours, theirs = networks(SMALL if bench.small else IMAGENET64)
     ours, theirs = (n.to(bench.device, HALF, memory_format=torch.channels_last) for n in (ours, theirs))
-    size, their = ours.config["image_size"], torch.compile(theirs)
+    size, their = ours.config["image_size"], bench.compiled(theirs)
 
     class Peer(torch.nn.Module):
         def forward(self, x, t, y):
             return their(x.to(HALF), t, class_labels=y, return_dict=False)[0].float()
 
     model, peer = ConsistencyModel(ours), ConsistencyModel(Peer())
-    fast = torch.compile(model)
+    fast = bench.compiled(model)
     for batch in (1,) if bench.small else (1, 16, 256):
         x = 80 * normal(bench, batch, 3, size, size, dtype=torch.float32).to(memory_format=torch.channels_last)
         given = x, torch.full((batch,), 80.0, device=bench.device), torch.arange(batch, device=bench.device)
