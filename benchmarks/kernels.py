@@ -28,7 +28,7 @@ from unet import SMALL, networks, seconds
 
 from cmlab import kernels
 from cmlab.data import Data
-from cmlab.kernels import jvp, norm, twin
+from cmlab.kernels import dispatch, jvp, norm, twin
 from cmlab.objectives import ConsistencyTraining
 from cmlab.recipes import get_recipe
 from cmlab.released import IMAGENET64
@@ -36,6 +36,11 @@ from cmlab.run import Run
 from cmlab.scaling import ConsistencyModel
 
 HALF = torch.bfloat16
+
+
+CANNOT = (RuntimeError, ImportError, ValueError, torch._dynamo.exc.TorchDynamoException)
+if dispatch.triton is not None:
+    CANNOT += (dispatch.triton.errors.TritonError,)
 
 
 class Bench:
@@ -69,7 +74,7 @@ class Bench:
 
     def compiled(self, function: Callable) -> Callable:
         """torch.compile; in a dry run without its compiler, which would take minutes."""
-        return torch.compile(function, backend="aot_eager" if self.small else "inductor")
+        return torch.compile(function, backend="aot_eager" if self.small else "inductor", dynamic=False)
 
     def table(self, title: str, columns: list[str]) -> None:
         """Begins a table."""
@@ -85,16 +90,27 @@ class Bench:
         """The time of a call; None where this machine cannot run it (no kernel, no compiler, no memory, no package)."""
         try:
             return self.time(call)
-        except (RuntimeError, ImportError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+        except CANNOT as error:
             print(f"  not run: {type(error).__name__}: {str(error).splitlines()[0][:110]}")
             return None
 
 
-def compared(bench: Bench, what: str, calls: dict[str, Callable], work: float, limit: float) -> None:
-    """One row for each way: time, share of the limit, and how many times as fast as the first."""
-    first = None
+def close(name: str, got, right) -> None:
+    """Raises AssertionError where a way gives other numbers than the first, beyond half precision's rounding."""
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, right)), strict=True):
+        apart = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6))
+        assert apart < 0.03, f"{name} differs by {apart:.2%}"
+
+
+def compared(
+    bench: Bench, what: str, calls: dict[str, Callable], work: float, limit: float, agreeing: bool = True
+) -> None:
+    """One row for each way: time, share of the limit, and how many times as fast as the first. agreeing: all give the same."""
+    first, right = None, next(iter(calls.values()))()
     for name, call in calls.items():
         taken = bench.attempt(call)
+        if taken is not None and agreeing:
+            close(name, call(), right)
         first = first or taken
         if taken is None:
             bench.row(what, name, "not run", "", "")
@@ -193,7 +209,14 @@ def fused_step(bench: Bench) -> None:
         x, seeds = normal(bench, *shape, dtype=torch.float32), torch.arange(shape[0], device=bench.device)
         coefficients = torch.tensor([0.3, 0.7, 0.0, 0.5], device=bench.device)[:, None].expand(4, shape[0]).contiguous()
         given = (x, normal(bench, *shape), coefficients, seeds)
-        compared(bench, shape, {n: partial(f, *given) for n, f in ways.items()}, 10 * x.numel(), bench.bandwidth)
+        compared(
+            bench,
+            shape,
+            {n: partial(f, *given) for n, f in ways.items()},
+            10 * x.numel(),
+            bench.bandwidth,
+            agreeing=False,
+        )
 
 
 def sampling(bench: Bench) -> None:
@@ -290,10 +313,11 @@ def main(small: bool = False, output: Path | None = None) -> None:
         "`python benchmarks/kernels.py`",
     ]  # fmt: skip
     print(bench.lines[-1])
-    for part in (group_norm_silu, jvp_attention, fused_step, sampling, training):
-        part(bench)
     path = output or Path(__file__).with_name(f"KERNELS-{card.replace(' ', '-').replace(',', '')}.md")
-    path.write_text("\n".join(bench.lines) + "\n", encoding="utf-8")
+    for part in (group_norm_silu, jvp_attention, fused_step, sampling, training):
+        torch._dynamo.reset()
+        part(bench)
+        path.write_text("\n".join(bench.lines) + "\n", encoding="utf-8")  # what is measured is kept
     print(f"written to {path}")
 
 

@@ -28,15 +28,18 @@ def jvp(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Te
 
 
 class LogWeight(nn.Module):
-    """w of adaptive weighting, a function of the noise level that starts at 0: Lu & Song (2024, sCM), sec. 4.2."""
+    """w of adaptive weighting, a function of the noise level that starts at 0: Lu & Song (2024, sCM), sec. 4.2. float32 throughout."""
 
-    def __init__(self, features: int = 64):
+    FEATURES = 64
+
+    def __init__(self):
         super().__init__()
-        self.features, self.leave = features, zeroed(nn.Linear(features, 1))
+        self.leave = zeroed(nn.Linear(self.FEATURES, 1))
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """c_noise (B,) = 250 ln(sigma) -> (B,)."""
-        return self.leave(fourier(c_noise / 250, self.features, highest=2.0)).flatten()
+        with torch.autocast(c_noise.device.type, enabled=False):
+            return self.leave(fourier(c_noise / 250, self.FEATURES, highest=2.0)).flatten()
 
 
 def column(v: Tensor, x: Tensor) -> Tensor:
@@ -51,7 +54,8 @@ class ContinuousTraining(Objective):
     F is to move by its normalised tangent g: loss e^w / D |F(x_t, t) - F-(x_t, t) - g|^2 - w, with F- the target without gradient
     and w learned (weight="adaptive") or 0 ("uniform").
     tangent_warmup: over this share of the run the part of g that holds dF/dt grows from 0, where the objective is a diffusion
-    model's, to all. normalize: the c of g / (rms(g) + c); None leaves g as it is (unstable, to be seen in lesson 07). A target
+    model's, to all. normalize: the c of g / (rms(g) + c), with g in units of sigma_data and its root mean square in the place of the
+    paper's norm, so that c means the same for all sizes; None leaves g as it is (unstable, to be seen in lesson 07). A target
     network (mu_0 above 0) is not in the paper.
     """
 
@@ -98,7 +102,7 @@ class ContinuousTraining(Objective):
         with dropout.replayed():
             still, g = tangent(student if target is None else target, x_t, dx_t, sigma, labels, r)
         aim = still + self.normalized(g)
-        log_weight = student.log_weight(c_noise) if self.weight == "adaptive" else torch.zeros_like(c_noise)
+        log_weight = self.log_weight(student, c_noise)
         return log_weight.exp() * (moving - aim).square().flatten(1).mean(1) - log_weight  # (B,)
 
     def slope(self, student, x_t, images, noise, sigma, labels, teacher) -> Tensor:
@@ -106,8 +110,18 @@ class ContinuousTraining(Objective):
         cos, sin = student.cos_sin(sigma, x_t)
         return cos * student.sigma_data * noise - sin * images
 
+    def log_weight(self, student, c_noise: Tensor) -> Tensor:
+        """w of each sample: what the student's layer says, or 0. Raises ValueError for a student without the layer."""
+        if self.weight == "uniform":
+            return torch.zeros_like(c_noise)
+        if student.log_weight is None:
+            raise ValueError(
+                "weight 'adaptive' needs a student with log_weight=LogWeight(), as model() makes it; got log_weight=None"
+            )
+        return student.log_weight(c_noise)
+
     def normalized(self, g: Tensor) -> Tensor:
-        """g / (rms(g) + c), by the root mean square of each image, so that c means the same for all sizes."""
+        """g / (rms(g) + c), by the root mean square of each image."""
         if self.normalize is None:
             return g
         return g / (column(g.flatten(1).square().mean(1).sqrt(), g) + self.normalize)
@@ -116,7 +130,7 @@ class ContinuousTraining(Objective):
 def tangent(
     model: TrigFlow, x_t: Tensor, dx_t: Tensor, sigma: Tensor, labels, r: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """F and g = cos(t) df/dt / sigma_data, the change of F that would take f along its own change: (B, …) each.
+    """F and g = cos(t) df/dt / sigma_data, (B, …) each: F + g takes f against its own change, to what it is at lower levels.
 
     g sigma_data = -cos^2 (sigma_data F - dx_t/dt) - r cos sin (x_t + sigma_data dF/dt): Lu & Song (2024), algorithm 1. The second part is
     scaled by r, (B,) or a number. cos sin d/dt is d/d ln(sigma), which the network is told: nothing here grows towards t = 0 or pi / 2.

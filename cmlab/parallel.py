@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cmlab.checks import known
-from cmlab.scaling import Denoiser
+from cmlab.scaling import Denoiser, TrigFlow
 
 PARALLEL = ["ddp", "fsdp"]
 PATIENCE = timedelta(hours=3)  # the others wait while the first process draws and measures samples
@@ -63,8 +63,12 @@ class Sharing:
             return model.to(self.device)
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         layers = [layer for some in reversed(lists) for layer in some if not isinstance(layer, nn.ModuleList)]
+        if isinstance(model, TrigFlow) and model.log_weight is not None:
+            layers.append(model.log_weight)  # is called by itself
         for module in (*layers, model):  # from the inside out
             fully_shard(module, mesh=self.mesh)
+        if isinstance(model, TrigFlow):
+            register_fsdp_forward_method(model, "velocity")  # its objective calls that instead of the model
         return model
 
     def join(self, loss: nn.Module) -> nn.Module:

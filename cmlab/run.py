@@ -111,9 +111,9 @@ class Run:
     def _start_from(self, student: Denoiser) -> None:
         start = checkpoints.load(self.recipe.init_from)
         own = {k: v for k, v in student.net.state_dict().items() if k.startswith("way.")}  # a denoiser knows no jumps
-        weights, highest = start.net.state_dict(), getattr(student.net, "highest", None)
-        if highest != getattr(start.net, "highest", highest):
-            weights = retimed(start.net, highest, student.sigma_min, student.sigma_max)
+        weights, mine, theirs = start.net.state_dict(), *(getattr(m.net, "highest", None) for m in (student, start))
+        if None not in (mine, theirs) and mine != theirs:
+            weights = retimed(start.net, mine, student.sigma_min, student.sigma_max)
         try:
             student.net.load_state_dict(own | weights)
         except RuntimeError:

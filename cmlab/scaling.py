@@ -124,9 +124,7 @@ class TrigFlow(ConsistencyModel):
         super().__init__(net, sigma_data, sigma_min, sigma_max)
         self.log_weight = log_weight
 
-    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_skip = cos(t)^2, c_out = sin(t) sigma_data, c_in = cos(t) / sigma_data, and c_noise: each with the shape of sigma."""
-        return *edm_scalings(sigma, self.sigma_data), 250 * sigma.log()
+    scalings = Denoiser.scalings  # c_skip = cos(t)^2, c_out = sin(t) sigma_data, c_in = cos(t) / sigma_data
 
     def cos_sin(self, sigma: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
         """cos(t) and sin(t) as (B, 1, …, 1) beside x: without the angle, which near pi / 2 tells high levels apart poorly."""
@@ -150,9 +148,7 @@ class MeanFlow(ConsistencyModel):
 
     kind = "meanflow"
 
-    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in, c_noise at the given levels: a Denoiser's."""
-        return *edm_scalings(sigma, self.sigma_data), 250 * sigma.log()
+    scalings = Denoiser.scalings
 
     def forward(
         self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None, way: Tensor | None = None

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from cmlab import checkpoints
 from cmlab.cli import main
+from cmlab.continuous import ContinuousDistillation, MeanFlowTraining
 from cmlab.data import load_data
 from cmlab.models.small import Block
 from cmlab.objectives import EasyConsistencyTuning
@@ -33,6 +34,8 @@ RECIPES = {
     "cd with a target": PARTS.replace(objective=OBJECTIVES["cd with a target network"], optimizer="radam"),
     "ect without one": PARTS.replace(objective=EasyConsistencyTuning(sigma_max=20.0)),
     "pd, which changes teachers": PARTS.replace(objective=OBJECTIVES["pd, which changes teachers"]),
+    "scd": PARTS.replace(objective=ContinuousDistillation(sigma_max=20.0, tangent_warmup=0.0)),
+    "meanflow": PARTS.replace(objective=MeanFlowTraining(sigma_max=20.0), network=SMALL.network | {"jumps": True}),
     "checkpointed unet": PARTS.replace(
         objective=OBJECTIVES["ct with both curricula"], network=UNET, checkpointing=True, iterations=4
     ),

@@ -178,13 +178,16 @@ def test_jvp_attention_and_its_gradients_are_those_of_float64(by, shape, dtype):
     inputs, towards = attention_case(shape, dtype)
     got = results(lambda *a: torch.ops.cmlab.jvp_attention(*a)[:2], inputs, towards, dtype)
     right = results(jvp.reference, inputs, towards, torch.float64)
-    alone = (
-        shape[2] == 1
-    )  # one token attends to itself whatever the scores: what is left of their gradients is rounding
-    assert all(
-        off(a, b) < ((4 if dtype == torch.float16 else 1) if alone else 2 * ROUNDING[dtype])
-        for a, b in zip(got, right, strict=True)
-    )
+    for k, (a, b) in enumerate(zip(got, right, strict=True)):
+        if shape[2] == 1 and k in (
+            2,
+            3,
+            5,
+            6,
+        ):  # one token attends to itself: the gradients of q, k and their tangents are 0
+            assert b.abs().max() < 1e-12 and a.abs().max() < 50 * ROUNDING[dtype]
+        else:
+            assert off(a, b) < 2 * ROUNDING[dtype]
 
 
 def test_the_tangent_is_the_one_that_forward_mode_finds():
@@ -283,7 +286,8 @@ def test_the_noise_is_standard_normal():
 
 def test_gradients_pass_through_a_step(by):
     x, output, numbers, seeds = step_case()
-    coefficients = torch.stack([step._of_each(v, x) for v in (*numbers["scalings"], numbers["keep"], numbers["add"])])
+    values = (*numbers["scalings"], numbers["keep"], numbers["add"])
+    coefficients = torch.stack([step._of_each("", v, x) for v in values])
     towards = [draws(*x.shape, seed=9)]
     got = results(
         lambda x, o: torch.ops.cmlab.fused_step(x, o, coefficients, seeds, 2, True), [x, output], towards, torch.float32
@@ -300,6 +304,22 @@ def test_noise_without_seeds_is_refused():
         kernels.fused_step(x, x, (1.0, 1.0), add=0.5)
     with pytest.raises(ValueError, match="seeds must have shape"):
         kernels.fused_step(x, x, (1.0, 1.0), add=0.5, seeds=torch.tensor([1]))
+    with pytest.raises(ValueError, match="seeds must be int64 on cpu, got torch.int32"):
+        kernels.fused_step(x, x, (1.0, 1.0), add=0.5, seeds=torch.tensor([1, 2], dtype=torch.int32))
+    with pytest.raises(ValueError, match="keep must be a number or have 2 elements, got 3"):
+        kernels.fused_step(x, x, (1.0, 1.0), keep=torch.ones(3))
+
+
+def test_seeds_need_not_lie_side_by_side(interpreted):
+    seeds = torch.tensor([5, 0, 6, 0])[::2]
+    assert torch.equal(kernels.normal((2, 3, 4), seeds), kernels.normal((2, 3, 4), torch.tensor([5, 6])))
+
+
+def test_the_reference_of_attention_stays_in_float32_under_autocast():
+    inputs, _ = attention_case((1, 2, 20, 16), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kernels.jvp_attention(*inputs)
+    assert off(got[1], jvp.reference(*(x.double() for x in inputs))[1]) < 1e-6
 
 
 # --- together ---------------------------------------------------------------------------------------------------------

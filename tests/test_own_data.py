@@ -127,6 +127,9 @@ def test_a_start_or_a_teacher_of_another_kind_is_named(spots):
         ValueError, match="the model to start from, tinted-digits-edm, has another network than the recipe"
     ):
         next(train(brief))
+    unet = get_recipe("tinted-unet-edm").replace(init_from="tinted-digits-edm", batch=4, iterations=1)
+    with pytest.raises(ValueError, match="the model to start from, tinted-digits-edm, has another network"):
+        next(train(unet))
     with pytest.raises(ValueError, match="teacher must be a denoiser, whose ODE is walked; got a consistency model"):
         next(train(get_recipe("digits-cd"), teacher=load("digits-cd")))
 

@@ -9,9 +9,10 @@ and mu, like the softmax's denominator, can be summed up block after block of ke
 only through the quadratic form: its fused attention knows no forward mode.
 
 For N tokens of d channels, s bytes each: eager writes and reads several N x N matrices, say 10 N^2 s bytes; here it is the six
-inputs and two outputs, 8 N d s, and three numbers a token. Operations: 6 products of N x d x N, 12 N^2 d in all (attention alone: 4 N^2 d);
-at N = 2,048, d = 64 in half precision 1,536 operations a byte: the multipliers set the time, not the memory. Backward: 12 products
-for the gradients of keys and values, 9 for those of queries, since each pass makes S, T and the others again.
+inputs and two outputs, 8 N d s (12 more where the inputs have to be made dense first), and two numbers a token. Operations: 6
+products of N x d x N, 12 N^2 d in all (attention alone: 4 N^2 d); at N = 2,048, d = 64 in half precision 1,536 operations a byte: the
+multipliers set the time, not the memory. Backward: 12 products for the gradients of keys and values, 9 for those of queries, since
+each pass makes S, T and the others again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cmlab.checks import floating, same_shape
-from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, tl, triton
+from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, on_device_of, tl, triton
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,9 +62,9 @@ def jvp_attention(
 def reference(q, k, v, tangent_q, tangent_k, tangent_v) -> tuple[Tensor, Tensor]:
     """The same by the matrices of all pairs, in float32 (or float64) whatever the inputs' precision."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return tuple(
-        x.to(q.dtype) for x in _by_pairs(*(x.to(wide) for x in (q, k, v, tangent_q, tangent_k, tangent_v)))[:2]
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        results = _by_pairs(*(x.to(wide) for x in (q, k, v, tangent_q, tangent_k, tangent_v)))
+    return tuple(x.to(q.dtype) for x in results[:2])
 
 
 def _by_pairs(q, k, v, tangent_q, tangent_k, tangent_v) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,7 +87,8 @@ def _forward(
     """out, its tangent, and of each query log(sum(exp(scores))) and mu: (B, heads, tokens) float32."""
     given = (q, k, v, tangent_q, tangent_k, tangent_v)
     if q.is_cuda or interpreting(q):
-        out, tangent, *rows = _launch_forward(*_laid_out(*given))
+        with on_device_of(q):
+            out, tangent, *rows = _launch_forward(*_laid_out(*given))
         return out.to(q.dtype), tangent.to(q.dtype), *rows
     out, tangent, total, mu = _by_pairs(*(x.float() for x in given))
     return out.to(q.dtype), tangent.to(q.dtype), total, mu
@@ -106,7 +108,8 @@ def _backward(
     """The gradients of the six inputs. With G = d_out and H = d_tangent: a = H . out and e = G . out + H . tangent - mu a, by query."""
     given = (q, k, v, tangent_q, tangent_k, tangent_v, d_out, d_tangent)
     if q.is_cuda or interpreting(q):
-        return tuple(x.to(q.dtype) for x in _launch_backward(*_laid_out(*given), total, mu, a, e))
+        with on_device_of(q):
+            return tuple(x.to(q.dtype) for x in _launch_backward(*_laid_out(*given), total, mu, a, e))
     q, k, v, tq, tk, tv, g, h = (x.float() for x in given)
     total, mu, a, e = (x.unsqueeze(-1) for x in (total, mu, a, e))
     scale = q.shape[-1] ** -0.5
@@ -166,7 +169,7 @@ def _launch_forward(q, k, v, tq, tk, tv) -> tuple[Tensor, Tensor, Tensor, Tensor
     out, tangent = torch.empty_like(q), torch.empty_like(q)
     total, mu = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     blocks = _blocks(q, *FORWARD)
-    grid = (triton.cdiv(tokens, blocks["ROWS"]), batch * heads)
+    grid = (batch * heads, triton.cdiv(tokens, blocks["ROWS"]))
     _attend[grid](q, k, v, tq, tk, tv, out, tangent, total, mu, tokens, size, size**-0.5, LOG2E, **blocks)
     return out, tangent, total, mu
 
@@ -180,7 +183,7 @@ def _launch_backward(q, k, v, tq, tk, tv, g, h, total, mu, a, e) -> tuple[Tensor
         (_key_gradients, (gradients[1], gradients[4], gradients[2], gradients[5])),
         (_query_gradients, (gradients[0], gradients[3], None, None)),
     ):
-        grid = (triton.cdiv(tokens, blocks["ROWS"]), batch * heads)
+        grid = (batch * heads, triton.cdiv(tokens, blocks["ROWS"]))
         outputs = (one, two) if three is None else (one, two, three, four)
         kernel[grid](q, k, v, tq, tk, tv, g, h, total, mu, a, e, *outputs, *sizes, **blocks)
     return gradients
@@ -207,7 +210,7 @@ def _attend(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a block of queries; keys and values pass by in blocks."""
-    first, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    first, head = tl.program_id(1) * ROWS, tl.program_id(0).to(tl.int64)
     start = head * N * D
     query = _rows(q, start, first, N, D, ROWS, BLOCK_D)
     moved_query = _rows(tq, start, first, N, D, ROWS, BLOCK_D)
@@ -282,7 +285,7 @@ def _key_gradients(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a block of ROWS keys; queries pass by in blocks of COLUMNS."""
-    first, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    first, head = tl.program_id(1) * ROWS, tl.program_id(0).to(tl.int64)
     start = head * N * D
     key, moved_key = _rows(k, start, first, N, D, ROWS, BLOCK_D), _rows(tk, start, first, N, D, ROWS, BLOCK_D)
     value, moved_value = _rows(v, start, first, N, D, ROWS, BLOCK_D), _rows(tv, start, first, N, D, ROWS, BLOCK_D)
@@ -318,7 +321,7 @@ def _query_gradients(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a block of ROWS queries; keys pass by in blocks of COLUMNS."""
-    first, head = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    first, head = tl.program_id(1) * ROWS, tl.program_id(0).to(tl.int64)
     start, token = head * N * D, first + tl.arange(0, ROWS)
     query, moved_query = _rows(q, start, first, N, D, ROWS, BLOCK_D), _rows(tq, start, first, N, D, ROWS, BLOCK_D)
     one, two = _rows(g, start, first, N, D, ROWS, BLOCK_D), _rows(h, start, first, N, D, ROWS, BLOCK_D)

@@ -4,12 +4,12 @@ With x of n elements, s bytes each, eager PyTorch reads and writes whole tensors
 result), for the scale and the shift (2 reads, 2 writes) and for SiLU (1 read, 1 write): 9 n s bytes. What has to move is 2 n s: one read,
 one write. The kernels come to
 
-    forward, a group fits the registers      2 n s    (one program a group: contiguous pictures of up to 64 x 64 at 192 channels)
+    forward, a group fits the registers      2 n s    (one program a group: contiguous pictures of up to 64 x 64 at 256 channels)
     forward, otherwise                       3 n s    (statistics, then the result)
     backward                                 5 n s    (x and dy twice, dx once)
 
-and about 10 (forward) and 20 (backward) operations an element: five operations a byte in half precision, where an H100 could do
-several hundred. Memory alone sets the time.
+and about 10 (forward) and 20 (backward) operations an element: some two operations a byte in half precision, where an H100, without
+its matrix units, balances at about 20. Memory alone sets the time.
 
 Every sum over pixels is kept by channel, so that one pair of numbers a channel serves the norm and the gradients of weight, bias,
 scale and shift alike. Both memory formats are the same code: a tile of channels by pixels, with the strides given.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmlab.checks import same_shape, whole
-from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, tl, triton
+from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, on_device_of, tl, triton
 
 IN_REGISTERS = 32_768  # elements of a group that one program keeps
 PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, pixels are split among programs
@@ -82,7 +82,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and (4, B, C) for the backward pass: mean, 1 / deviation, and slope and offset of h = slope (x - mean) + offset, y = silu(h)."""
     if x.is_cuda or interpreting(x):
-        return _launch_forward(_dense(x), weight, bias, scale, shift, groups, eps)
+        with on_device_of(x):
+            return _launch_forward(_dense(x), weight, bias, scale, shift, groups, eps)
     coefficients = _coefficients(x, weight, bias, scale, shift, groups, eps)
     mean, _, slope, offset = (_beside(v, x) for v in coefficients)
     return F.silu(slope * (x.float() - mean) + offset).to(x.dtype), coefficients
@@ -97,7 +98,8 @@ def _(x, weight, bias, scale, shift, groups, eps):
 def _backward(dy: Tensor, x: Tensor, coefficients: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """dx, and of each channel the sums over pixels of dh and of dh times the normalised x, h being SiLU's argument: (2, B, C)."""
     if x.is_cuda or interpreting(x):
-        return _launch_backward(_like(dy, x), _dense(x), coefficients, groups)
+        with on_device_of(x):
+            return _launch_backward(_like(dy, x), _dense(x), coefficients, groups)
     mean, rstd, slope, offset = (_beside(v, x) for v in coefficients)
     normal = (x.float() - mean) * rstd
     dh = dy.float() * _silu_slope(slope * (x.float() - mean) + offset)
@@ -201,7 +203,7 @@ def _launch_forward(x, weight, bias, scale, shift, groups, eps) -> tuple[Tensor,
     coefficients = x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
     each = tiles.channels // groups
     adaptive, flags = (scale, shift) if scale is not None else (weight, bias), dict(ADAPTIVE=scale is not None)
-    adaptive = tuple(t.contiguous() for t in adaptive)
+    weight, bias, *adaptive = (t.contiguous() for t in (weight, bias, *adaptive))
     grid = (tiles.batch * groups,)
     if not _channels_last(x) and each * tiles.pixels <= IN_REGISTERS:
         size = triton.next_power_of_2(each * tiles.pixels)
@@ -216,7 +218,7 @@ def _launch_forward(x, weight, bias, scale, shift, groups, eps) -> tuple[Tensor,
         parts, coefficients, weight, bias, *adaptive, groups, each, tiles.pixels, tiles.splits, tiles.chunk, eps,
         **flags, BLOCK_S=triton.next_power_of_2(tiles.splits), BLOCK_C=triton.next_power_of_2(each),
     )  # fmt: skip
-    _apply[(tiles.rows, triton.cdiv(tiles.pixels, tiles.block_p))](
+    _apply[(triton.cdiv(tiles.pixels, tiles.block_p) * tiles.rows,)](
         x, y, coefficients, tiles.batch, *tiles.sizes, **tiles.blocks
     )
     return y, coefficients
@@ -230,7 +232,7 @@ def _launch_backward(dy, x, coefficients, groups) -> tuple[Tensor, Tensor]:
     )
     sums = parts.sum(1)
     means = _group_means(sums, coefficients, x, groups)
-    grid = (tiles.rows, triton.cdiv(tiles.pixels, tiles.block_p))
+    grid = (triton.cdiv(tiles.pixels, tiles.block_p) * tiles.rows,)
     _input_gradient[grid](x, dy, dx, coefficients, means, tiles.batch, *tiles.sizes, **tiles.blocks)
     return dx, sums
 
@@ -342,8 +344,9 @@ def _fold_moments(
 @jit
 def _apply(x, y, coefficients, B, C, P, stride_b, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """y = silu(slope (x - mean) + offset)."""
-    image, channel = _tile(tl.program_id(0), C, BLOCK_C)
-    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    across = tl.cdiv(P, BLOCK_P)  # tiles of pixels in a row; one axis of programs, the one without a limit
+    image, channel = _tile(tl.program_id(0) // across, C, BLOCK_C)
+    pixel = tl.program_id(0) % across * BLOCK_P + tl.arange(0, BLOCK_P)
     real, of = channel < C, coefficients + image * C + channel
     mean = tl.load(of, mask=real, other=0)[:, None]
     slope, offset = (
@@ -405,8 +408,9 @@ def _input_gradient(
     x, dy, dx, coefficients, means, B, C, P, stride_b, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """dx = slope dh - (mean of w dh + normalised x times mean of w dh normalised x) / deviation."""
-    image, channel = _tile(tl.program_id(0), C, BLOCK_C)
-    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    across = tl.cdiv(P, BLOCK_P)  # tiles of pixels in a row; one axis of programs, the one without a limit
+    image, channel = _tile(tl.program_id(0) // across, C, BLOCK_C)
+    pixel = tl.program_id(0) % across * BLOCK_P + tl.arange(0, BLOCK_P)
     real, of = channel < C, image * C + channel
     mean = tl.load(coefficients + of, mask=real, other=0)[:, None]
     rstd = tl.load(coefficients + B * C + of, mask=real, other=0)[:, None]

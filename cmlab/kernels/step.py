@@ -1,4 +1,6 @@
-"""fused_step: all of a sampler that is not the network, in one pass: preconditioning, solver step or fresh noise.
+"""fused_step: all of a sampler's step that is not the network, in one pass: preconditioning, solver step or fresh noise.
+
+For samplers of your own on a GPU (lesson 08 writes one); cmlab.sampling keeps to PyTorch, and to the released code's random numbers.
 
     denoised = c_skip x + c_out output                        (clamped to [-1, 1] if asked for)
     next     = keep x + (1 - keep) denoised + add z           z ~ N(0, 1)
@@ -21,10 +23,11 @@ import torch
 from torch import Tensor
 
 from cmlab.checks import floating, same_shape, whole
-from cmlab.kernels.dispatch import enabled, interpreting, jit, tl, triton
+from cmlab.kernels.dispatch import enabled, interpreting, jit, on_device_of, tl, triton
 
 ROUND_A, ROUND_B, KEY_A, KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85  # Salmon et al. (2011), sec. 3.3
 WORD = 0xFFFFFFFF
+NAMES = ("c_skip", "c_out", "keep", "add")
 BLOCK = 512  # counters a program: four elements each
 
 
@@ -48,9 +51,11 @@ def fused_step(
     same_shape("output", output, x.shape)
     if seeds is not None:
         same_shape("seeds", seeds, x.shape[:1])
+        if seeds.dtype != torch.int64 or seeds.device != x.device:
+            raise ValueError(f"seeds must be int64 on {x.device}, got {seeds.dtype} on {seeds.device}")
     elif isinstance(add, Tensor) or add != 0:
         raise ValueError(f"seeds are needed to add noise, got seeds=None and add={add}")
-    coefficients = torch.stack([_of_each(v, x) for v in (*scalings, keep, add)])
+    coefficients = torch.stack([_of_each(*pair, x) for pair in zip(NAMES, (*scalings, keep, add), strict=True)])
     whole("draw", draw, 0)
     if x.numel() and x.dtype == torch.float32 and enabled(x, output):
         return torch.ops.cmlab.fused_step(x, output, coefficients, seeds, draw, clip_denoised)
@@ -63,8 +68,11 @@ def normal(shape: tuple[int, ...], seeds: Tensor, draw: int = 0) -> Tensor:
     return fused_step(nothing, nothing, (0.0, 0.0), add=1.0, seeds=seeds, draw=draw)
 
 
-def _of_each(value, x: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=x.device).flatten().expand(len(x))
+def _of_each(name: str, value, x: Tensor) -> Tensor:
+    value = torch.as_tensor(value, dtype=torch.float32, device=x.device).flatten()
+    if len(value) not in (1, len(x)):
+        raise ValueError(f"{name} must be a number or have {len(x)} elements, got {len(value)}")
+    return value.expand(len(x))
 
 
 def reference(x, output, coefficients, seeds, draw, clip_denoised) -> Tensor:
@@ -127,19 +135,9 @@ def _step(
     quarter = -(-size // 4)
     grid = (len(x), triton.cdiv(quarter, BLOCK))
     noisy = seeds is not None
-    _advance[grid](
-        x,
-        output,
-        coefficients,
-        seeds if noisy else coefficients,
-        result,
-        size,
-        quarter,
-        draw,
-        NOISY=noisy,
-        CLIP=clip_denoised,
-        BLOCK=BLOCK,
-    )
+    given = x, output, coefficients.contiguous(), seeds.contiguous() if noisy else coefficients
+    with on_device_of(x):
+        _advance[grid](*given, result, size, quarter, draw, NOISY=noisy, CLIP=clip_denoised, BLOCK=BLOCK)
     return result
 
 
