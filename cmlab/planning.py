@@ -39,11 +39,12 @@ def forward_flops(network: dict) -> float:
     return float(counter.get_total_flops())
 
 
-def _image(network: dict, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """n images, noise levels and labels that a network takes, in the current device."""
+def _image(network: dict, n: int) -> tuple[Tensor | None, ...]:
+    """n images, noise levels, labels and where it jumps the ways that a network takes, in the current device."""
     shape = network.get("shape") or [network["in_channels"], network["image_size"], network["image_size"]]
     labels = None if network.get("num_classes") is None else torch.zeros(n, dtype=torch.long)
-    return torch.zeros(n, *shape), torch.zeros(n), labels
+    ways = (torch.ones(n),) if network.get("jumps") else ()
+    return torch.zeros(n, *shape), torch.zeros(n), labels, *ways
 
 
 def network_calls(recipe: Recipe) -> float:
