@@ -63,9 +63,9 @@ def build() -> gr.Blocks:
 
 def launch(demo: gr.Blocks, port: int | None = None, open_page: bool = False) -> None:
     """Serves the page on this machine only, until Ctrl-C or SIGTERM. port: 7860, or the next free one."""
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # ends as Ctrl-C does: what was uploaded and made is removed
+    if threading.current_thread() is threading.main_thread():  # under `gradio app.py` it is not
+        # ends as Ctrl-C does: what was uploaded and made is removed
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     demo.launch(
         server_name="127.0.0.1", server_port=port, inbrowser=open_page, share=False, max_threads=THREADS, max_file_size=LARGEST_BYTES,
         theme=gr.themes.Default(**LOCAL), css=CSS, footer_links=["api"], run_history=False,
