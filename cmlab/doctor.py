@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
+
+from packaging.requirements import Requirement
 
 SETUP = "run: bash installations.sh"
 
@@ -111,7 +112,8 @@ def required() -> list[str]:
         lines = requires("cmlab") or []
     except PackageNotFoundError:
         return ["cmlab"]
-    return [re.match(r"[\w.-]+", line)[0] for line in lines if "extra ==" not in line]
+    wanted = map(Requirement, lines)
+    return [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
 def _version(name: str) -> str | None:
