@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import datetime
 import platform
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from unet import seconds
 
 from cmlab import load_data
 from cmlab.continuous import ContinuousTraining, MeanFlowTraining, tangent
@@ -152,19 +152,12 @@ def scramble(run: Run) -> None:
                 parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
 
 
-def seconds(call: Callable) -> float:
-    """How long one call takes."""
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
-
-
 def alternating(calls: list[Callable], rounds: int) -> list[float]:
     """The median time of each call; they take turns, so that what disturbs one disturbs all."""
     times = [[] for _ in calls]
     for _ in range(rounds):
         for kept, call in zip(times, calls, strict=True):
-            kept.append(seconds(call))
+            kept.append(seconds(call, "cpu"))
     return [median(kept) for kept in times]
 
 

@@ -17,7 +17,7 @@ from cmlab.checks import positive, same_shape, within
 from cmlab.models.small import fourier, zeroed
 from cmlab.noise import LogNormal, add_noise
 from cmlab.objectives import Objective, SharedDropout
-from cmlab.scaling import Denoiser, MeanFlow, TrigFlow
+from cmlab.scaling import Denoiser, MeanFlow, TrigFlow, column
 
 
 def jvp(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -40,11 +40,6 @@ class LogWeight(nn.Module):
         """c_noise (B,) = 250 ln(sigma) -> (B,)."""
         with torch.autocast(c_noise.device.type, enabled=False):
             return self.leave(fourier(c_noise / 250, self.FEATURES, highest=2.0)).flatten()
-
-
-def column(v: Tensor, x: Tensor) -> Tensor:
-    """v (B,) as (B, 1, …, 1) beside x."""
-    return v.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -175,6 +170,7 @@ class MeanFlowTraining(Objective):
     same: float = 0.75
     p: float = 1.0
     c: float = 1e-3
+    kind = MeanFlow
 
     def __post_init__(self):
         super().__post_init__()
@@ -184,10 +180,6 @@ class MeanFlowTraining(Objective):
 
     def _weightings(self) -> list[str]:
         return ["uniform"]  # its own is p
-
-    def model(self, net: nn.Module, sigma_data: float) -> Denoiser:
-        """A MeanFlow."""
-        return MeanFlow(net, sigma_data, self.sigma_min, self.sigma_max)
 
     def levels(self, n: int, step: int, total: int, generator=None) -> tuple[Tensor, Tensor]:
         """(high, low): two log-normal levels in order, the first round(same n) equal."""

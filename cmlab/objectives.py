@@ -70,6 +70,7 @@ class Objective:
     rho: float = 7.0
     weight: str = "uniform"
     needs_teacher = False
+    kind = ConsistencyModel  # of the model that it trains
 
     def __post_init__(self):
         sigma_range(self.sigma_min, self.sigma_max)
@@ -83,7 +84,7 @@ class Objective:
 
     def model(self, net: nn.Module, sigma_data: float) -> Denoiser:
         """What this objective trains, over a network."""
-        return ConsistencyModel(net, sigma_data, self.sigma_min, self.sigma_max)
+        return self.kind(net, sigma_data, self.sigma_min, self.sigma_max)
 
     def scales(self, step: int, total: int) -> int | None:
         """N(k), the number of grid levels at this step; None where the levels are continuous."""
@@ -103,10 +104,7 @@ class EDM(Objective):
 
     weight: str = "karras"
     sigmas: LogNormal = LogNormal()
-
-    def model(self, net: nn.Module, sigma_data: float) -> Denoiser:
-        """A denoiser."""
-        return Denoiser(net, sigma_data, self.sigma_min, self.sigma_max)
+    kind = Denoiser
 
     def levels(self, n: int, step: int = 0, total: int = 1, generator=None) -> tuple[Tensor]:
         """One sigma an image, log-normal, cut to the model's range."""
@@ -293,15 +291,12 @@ class ProgressiveDistillation(Objective):
     distance: Callable[[Tensor, Tensor], Tensor] = l2
     weight: str = "truncated-snr"
     needs_teacher = True
+    kind = Denoiser
 
     def __post_init__(self):
         super().__post_init__()
         whole("start", self.start, 2)
         whole("stage_steps", self.stage_steps)
-
-    def model(self, net: nn.Module, sigma_data: float) -> Denoiser:
-        """A denoiser."""
-        return Denoiser(net, sigma_data, self.sigma_min, self.sigma_max)
 
     def scales(self, step: int, total: int) -> int:
         """The student's number of steps."""

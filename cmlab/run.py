@@ -24,7 +24,7 @@ from cmlab.data import Data, Prepared
 from cmlab.exact import DatasetDenoiser
 from cmlab.files import write_file
 from cmlab.models import build
-from cmlab.models.small import retimed
+from cmlab.models.small import ResidualMLP, taken_over
 from cmlab.objectives import Objective, ProgressiveDistillation
 from cmlab.parallel import Sharing, accelerator_on, averaging, gathered, load_model, load_optimizer
 from cmlab.recipes import PRECISIONS, Recipe
@@ -110,12 +110,10 @@ class Run:
 
     def _start_from(self, student: Denoiser) -> None:
         start = checkpoints.load(self.recipe.init_from)
-        own = {k: v for k, v in student.net.state_dict().items() if k.startswith("way.")}  # a denoiser knows no jumps
-        weights, mine, theirs = start.net.state_dict(), *(getattr(m.net, "highest", None) for m in (student, start))
-        if None not in (mine, theirs) and mine != theirs:
-            weights = retimed(start.net, mine, student.sigma_min, student.sigma_max)
+        both = isinstance(student.net, ResidualMLP) and isinstance(start.net, ResidualMLP)
+        levels = student.sigma_min, student.sigma_max
         try:
-            student.net.load_state_dict(own | weights)
+            student.net.load_state_dict(taken_over(student.net, start.net, *levels) if both else start.net.state_dict())
         except RuntimeError:
             raise ValueError(
                 f"the model to start from, {self.recipe.init_from}, has another network than the recipe: {start.net.config}, "

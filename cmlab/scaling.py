@@ -35,6 +35,11 @@ def per_image(sigma: Tensor | float, x: Tensor) -> Tensor:
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def column(v: Tensor, x: Tensor) -> Tensor:
+    """v (B,) as (B, 1, …, 1) beside x, in its precision."""
+    return v.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
 def edm_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in of Karras et al. (2022), table 1: unit-variance input and target for the network at every sigma."""
     total = sigma**2 + sigma_data**2
@@ -160,8 +165,7 @@ class MeanFlow(ConsistencyModel):
 
     def average_velocity(self, z: Tensor, r: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """u(z, r, t) of z (B, …) at times 0 <= r <= t < 1, (B,) each -> (B, …)."""
-        t_ = t.reshape(-1, *[1] * (z.ndim - 1))
-        return (z - self(z / (1 - t_), t / (1 - t), labels, 1 - r / t)) / t_
+        return (z - self(z / column(1 - t, z), t / (1 - t), labels, 1 - r / t)) / column(t, z)
 
 
 ONE_CALL = tuple(

@@ -13,7 +13,6 @@ from cmlab.continuous import (
     ContinuousTraining,
     LogWeight,
     MeanFlowTraining,
-    column,
     jvp,
     tangent,
 )
@@ -25,7 +24,7 @@ from cmlab.models.small import fourier, retimed
 from cmlab.noise import add_noise
 from cmlab.objectives import ConsistencyDistillation, ConsistencyTraining
 from cmlab.ode import velocity
-from cmlab.scaling import ConsistencyModel, Denoiser, MeanFlow, TrigFlow, angle_of, sigma_of
+from cmlab.scaling import ConsistencyModel, Denoiser, MeanFlow, TrigFlow, angle_of, column, sigma_of
 
 SIGMAS = torch.logspace(-2, 1.5, 12, dtype=torch.float64)
 ALL = [ContinuousTraining(), ContinuousDistillation(), MeanFlowTraining()]

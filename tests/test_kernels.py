@@ -14,7 +14,7 @@ from toys import draws
 
 from cmlab import kernels
 from cmlab.kernels import dispatch, jvp, norm, step
-from cmlab.models.unet import UNet
+from cmlab.models.unet import ResBlock, UNet
 from cmlab.scaling import ConsistencyModel, Denoiser
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # some roundings of each precision
@@ -339,7 +339,10 @@ def test_a_unet_draws_the_same_picture_with_kernels_on_and_off(unet, monkeypatch
     monkeypatch.setenv("CMLAB_KERNELS", "0")
     plain = model(80 * noise, 80.0, labels)
     monkeypatch.setenv("CMLAB_KERNELS", "interpret")
+    launch, launched = norm._launch_forward, []
+    monkeypatch.setattr(norm, "_launch_forward", lambda *given: launched.append(1) or launch(*given))
     assert torch.allclose(model(80 * noise, 80.0, labels), plain, atol=1e-5)
+    assert len(launched) == 1 + 2 * sum(isinstance(layer, ResBlock) for layer in unet.modules())
 
 
 def test_a_unet_can_be_differentiated_forwards(unet):

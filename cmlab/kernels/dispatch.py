@@ -45,11 +45,6 @@ def enabled(*tensors: Tensor) -> bool:
     return first.is_cuda or interpreting(first)
 
 
-def on_device_of(x: Tensor):
-    """Makes x's GPU the current one, on which Triton launches; does nothing for a CPU tensor."""
-    return torch.cuda.device_of(x)
-
-
 def forward_mode() -> bool:
     """Whether derivatives are being carried along (torch.func.jvp, forward_ad): PyTorch's own operations know how, a kernel does not."""
     return forward_ad._current_level >= 0

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cmlab.checks import floating, same_shape
-from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, on_device_of, tl, triton
+from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, tl, triton
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def _forward(
     """out, its tangent, and of each query log(sum(exp(scores))) and mu: (B, heads, tokens) float32."""
     given = (q, k, v, tangent_q, tangent_k, tangent_v)
     if q.is_cuda or interpreting(q):
-        with on_device_of(q):
+        with torch.cuda.device_of(q):
             out, tangent, *rows = _launch_forward(*_laid_out(*given))
         return out.to(q.dtype), tangent.to(q.dtype), *rows
     out, tangent, total, mu = _by_pairs(*(x.float() for x in given))
@@ -108,7 +108,7 @@ def _backward(
     """The gradients of the six inputs. With G = d_out and H = d_tangent: a = H . out and e = G . out + H . tangent - mu a, by query."""
     given = (q, k, v, tangent_q, tangent_k, tangent_v, d_out, d_tangent)
     if q.is_cuda or interpreting(q):
-        with on_device_of(q):
+        with torch.cuda.device_of(q):
             return tuple(x.to(q.dtype) for x in _launch_backward(*_laid_out(*given), total, mu, a, e))
     q, k, v, tq, tk, tv, g, h = (x.float() for x in given)
     total, mu, a, e = (x.unsqueeze(-1) for x in (total, mu, a, e))
@@ -176,16 +176,15 @@ def _launch_forward(q, k, v, tq, tk, tv) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _launch_backward(q, k, v, tq, tk, tv, g, h, total, mu, a, e) -> tuple[Tensor, ...]:
     batch, heads, tokens, size = q.shape
-    gradients = tuple(torch.empty_like(q) for _ in range(6))
-    blocks = _blocks(q, *BACKWARD)
-    sizes = (tokens, size, size**-0.5, LOG2E)
-    for kernel, (one, two, three, four) in (
-        (_key_gradients, (gradients[1], gradients[4], gradients[2], gradients[5])),
-        (_query_gradients, (gradients[0], gradients[3], None, None)),
-    ):
-        grid = (batch * heads, triton.cdiv(tokens, blocks["ROWS"]))
-        outputs = (one, two) if three is None else (one, two, three, four)
-        kernel[grid](q, k, v, tq, tk, tv, g, h, total, mu, a, e, *outputs, *sizes, **blocks)
+    d_q, d_k, d_v, d_tq, d_tk, d_tv = gradients = tuple(torch.empty_like(q) for _ in range(6))
+    given, sizes, blocks = (
+        (q, k, v, tq, tk, tv, g, h, total, mu, a, e),
+        (tokens, size, size**-0.5, LOG2E),
+        _blocks(q, *BACKWARD),
+    )
+    grid = (batch * heads, triton.cdiv(tokens, blocks["ROWS"]))
+    _key_gradients[grid](*given, d_k, d_tk, d_v, d_tv, *sizes, **blocks)
+    _query_gradients[grid](*given, d_q, d_tq, *sizes, **blocks)
     return gradients
 
 
@@ -243,23 +242,8 @@ def _attend(
 
 @jit
 def _pairs(
-    query,
-    moved_query,
-    g,
-    h,
-    key,
-    moved_key,
-    value,
-    moved_value,
-    total,
-    mu,
-    a,
-    e,
-    both,
-    scale,
-    log2e,
-    PRECISION: tl.constexpr,
-):
+    query, moved_query, g, h, key, moved_key, value, moved_value, total, mu, a, e, both, scale, log2e, PRECISION: tl.constexpr
+):  # fmt: skip
     """Of a block of queries by keys: the shares P, T - mu, and the gradients of the scores and of T."""
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     shares = tl.where(both, tl.exp2((scores - total[:, None]) * log2e), 0)

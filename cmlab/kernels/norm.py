@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmlab.checks import same_shape, whole
-from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, on_device_of, tl, triton
+from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, tl, triton
 
 IN_REGISTERS = 32_768  # elements of a group that one program keeps
 PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, pixels are split among programs
@@ -82,7 +82,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and (4, B, C) for the backward pass: mean, 1 / deviation, and slope and offset of h = slope (x - mean) + offset, y = silu(h)."""
     if x.is_cuda or interpreting(x):
-        with on_device_of(x):
+        with torch.cuda.device_of(x):
             return _launch_forward(_dense(x), weight, bias, scale, shift, groups, eps)
     coefficients = _coefficients(x, weight, bias, scale, shift, groups, eps)
     mean, _, slope, offset = (_beside(v, x) for v in coefficients)
@@ -98,7 +98,7 @@ def _(x, weight, bias, scale, shift, groups, eps):
 def _backward(dy: Tensor, x: Tensor, coefficients: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """dx, and of each channel the sums over pixels of dh and of dh times the normalised x, h being SiLU's argument: (2, B, C)."""
     if x.is_cuda or interpreting(x):
-        with on_device_of(x):
+        with torch.cuda.device_of(x):
             return _launch_backward(_like(dy, x), _dense(x), coefficients, groups)
     mean, rstd, slope, offset = (_beside(v, x) for v in coefficients)
     normal = (x.float() - mean) * rstd
@@ -178,11 +178,7 @@ class _Tiles:
         last = _channels_last(x)
         self.strides = (x.stride(0), 1, self.channels) if last else (x.stride(0), self.pixels, 1)
         self.block_c = min(64, triton.next_power_of_2(self.channels)) if last else 1
-        self.block_p = (
-            max(1, min(1024, triton.next_power_of_2(self.pixels)) // self.block_c)
-            if last
-            else min(1024, triton.next_power_of_2(self.pixels))
-        )
+        self.block_p = max(1, min(1024, triton.next_power_of_2(self.pixels)) // self.block_c)
         self.rows = self.batch * triton.cdiv(self.channels, self.block_c)
         wanted = max(1, PROGRAMS // self.rows)
         self.splits = min(wanted, triton.cdiv(self.pixels, self.block_p), 64)
@@ -248,15 +244,35 @@ def _tile(row, C, BLOCK_C: tl.constexpr):
 
 
 @jit
+def _line(weight, bias, scale, shift, first, channel, known, ADAPTIVE: tl.constexpr):
+    """What a channel's normalised numbers are multiplied by, and what is added. first: where the image begins in scale and shift."""
+    slope = tl.load(weight + channel, mask=known, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=known, other=0).to(tl.float32)
+    if ADAPTIVE:
+        grown = 1 + tl.load(scale + first + channel, mask=known, other=0).to(tl.float32)
+        slope *= grown
+        offset = offset * grown + tl.load(shift + first + channel, mask=known, other=0).to(tl.float32)
+    return slope, offset
+
+
+@jit
+def _coefficient(coefficients, number: tl.constexpr, B, C, at, known):
+    """One of the four numbers of each channel, beside its pixels: (BLOCK_C, 1)."""
+    return tl.load(coefficients + number * B * C + at, mask=known, other=0)[:, None]
+
+
+@jit
+def _slope_of_silu(h):
+    s = tl.sigmoid(h)
+    return s * (1 + h * (1 - s))
+
+
+@jit
 def _store_coefficients(
     coefficients, weight, bias, scale, shift, mean, rstd, image, channel, known, B, C, ADAPTIVE: tl.constexpr
 ):
     at = image * C + channel
-    slope = tl.load(weight + channel, mask=known, other=0).to(tl.float32)
-    offset = tl.load(bias + channel, mask=known, other=0).to(tl.float32)
-    if ADAPTIVE:
-        grown = 1 + tl.load(scale + at, mask=known, other=0).to(tl.float32)
-        slope, offset = slope * grown, offset * grown + tl.load(shift + at, mask=known, other=0).to(tl.float32)
+    slope, offset = _line(weight, bias, scale, shift, image * C, channel, known, ADAPTIVE)
     nothing = tl.zeros_like(slope)
     tl.store(coefficients + at, mean + nothing, mask=known)
     tl.store(coefficients + B * C + at, rstd + nothing, mask=known)
@@ -280,12 +296,7 @@ def _whole_group(
     centred = tl.where(known, v - mean, 0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred) / size + eps)
     channel = first + inside // P
-    slope = tl.load(weight + channel, mask=known, other=0).to(tl.float32)
-    offset = tl.load(bias + channel, mask=known, other=0).to(tl.float32)
-    if ADAPTIVE:
-        grown = 1 + tl.load(scale + image * C + channel, mask=known, other=0).to(tl.float32)
-        slope *= grown
-        offset = offset * grown + tl.load(shift + image * C + channel, mask=known, other=0).to(tl.float32)
+    slope, offset = _line(weight, bias, scale, shift, image * C, channel, known, ADAPTIVE)
     h = centred * (rstd * slope) + offset
     tl.store(y + start + inside, h * tl.sigmoid(h), mask=known)
     own = tl.arange(0, BLOCK_C)
@@ -347,12 +358,9 @@ def _apply(x, y, coefficients, B, C, P, stride_b, stride_c, stride_p, BLOCK_C: t
     across = tl.cdiv(P, BLOCK_P)  # tiles of pixels in a row; one axis of programs, the one without a limit
     image, channel = _tile(tl.program_id(0) // across, C, BLOCK_C)
     pixel = tl.program_id(0) % across * BLOCK_P + tl.arange(0, BLOCK_P)
-    real, of = channel < C, coefficients + image * C + channel
-    mean = tl.load(of, mask=real, other=0)[:, None]
-    slope, offset = (
-        tl.load(of + 2 * B * C, mask=real, other=0)[:, None],
-        tl.load(of + 3 * B * C, mask=real, other=0)[:, None],
-    )
+    real, of = channel < C, image * C + channel
+    mean, slope = _coefficient(coefficients, 0, B, C, of, real), _coefficient(coefficients, 2, B, C, of, real)
+    offset = _coefficient(coefficients, 3, B, C, of, real)
     at = image.to(tl.int64) * stride_b + (channel * stride_c)[:, None] + (pixel * stride_p)[None, :]
     known = real[:, None] & (pixel < P)[None, :]
     h = slope * (tl.load(x + at, mask=known, other=0).to(tl.float32) - mean) + offset
@@ -380,12 +388,9 @@ def _sums(
     split, real = tl.program_id(1), channel < C
     begin = split * chunk
     end = tl.minimum(begin + chunk, P)
-    of = coefficients + image * C + channel
-    mean, rstd = tl.load(of, mask=real, other=0)[:, None], tl.load(of + B * C, mask=real, other=0)[:, None]
-    slope, offset = (
-        tl.load(of + 2 * B * C, mask=real, other=0)[:, None],
-        tl.load(of + 3 * B * C, mask=real, other=0)[:, None],
-    )
+    of = image * C + channel
+    mean, rstd = _coefficient(coefficients, 0, B, C, of, real), _coefficient(coefficients, 1, B, C, of, real)
+    slope, offset = _coefficient(coefficients, 2, B, C, of, real), _coefficient(coefficients, 3, B, C, of, real)
     rows = image.to(tl.int64) * stride_b + channel * stride_c
     one, two = tl.zeros((BLOCK_C, BLOCK_P), tl.float32), tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for first in range(begin, end, BLOCK_P):
@@ -393,9 +398,7 @@ def _sums(
         known = real[:, None] & (pixel < end)[None, :]
         at = rows[:, None] + (pixel * stride_p)[None, :]
         centred = tl.load(x + at, mask=known, other=0).to(tl.float32) - mean
-        h = slope * centred + offset
-        s = tl.sigmoid(h)
-        dh = tl.load(dy + at, mask=known, other=0).to(tl.float32) * s * (1 + h * (1 - s))
+        dh = tl.load(dy + at, mask=known, other=0).to(tl.float32) * _slope_of_silu(slope * centred + offset)
         one += dh
         two += dh * centred * rstd
     at = (split * B + image) * C + channel
@@ -412,16 +415,11 @@ def _input_gradient(
     image, channel = _tile(tl.program_id(0) // across, C, BLOCK_C)
     pixel = tl.program_id(0) % across * BLOCK_P + tl.arange(0, BLOCK_P)
     real, of = channel < C, image * C + channel
-    mean = tl.load(coefficients + of, mask=real, other=0)[:, None]
-    rstd = tl.load(coefficients + B * C + of, mask=real, other=0)[:, None]
-    slope = tl.load(coefficients + 2 * B * C + of, mask=real, other=0)[:, None]
-    offset = tl.load(coefficients + 3 * B * C + of, mask=real, other=0)[:, None]
-    one = tl.load(means + of, mask=real, other=0)[:, None]
-    two = tl.load(means + B * C + of, mask=real, other=0)[:, None]
+    mean, rstd = _coefficient(coefficients, 0, B, C, of, real), _coefficient(coefficients, 1, B, C, of, real)
+    slope, offset = _coefficient(coefficients, 2, B, C, of, real), _coefficient(coefficients, 3, B, C, of, real)
+    one, two = _coefficient(means, 0, B, C, of, real), _coefficient(means, 1, B, C, of, real)
     at = image.to(tl.int64) * stride_b + (channel * stride_c)[:, None] + (pixel * stride_p)[None, :]
     known = real[:, None] & (pixel < P)[None, :]
     centred = tl.load(x + at, mask=known, other=0).to(tl.float32) - mean
-    h = slope * centred + offset
-    s = tl.sigmoid(h)
-    dh = tl.load(dy + at, mask=known, other=0).to(tl.float32) * s * (1 + h * (1 - s))
+    dh = tl.load(dy + at, mask=known, other=0).to(tl.float32) * _slope_of_silu(slope * centred + offset)
     tl.store(dx + at, slope * dh - rstd * (one + centred * rstd * two), mask=known)

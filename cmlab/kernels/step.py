@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cmlab.checks import floating, same_shape, whole
-from cmlab.kernels.dispatch import enabled, interpreting, jit, on_device_of, tl, triton
+from cmlab.kernels.dispatch import enabled, interpreting, jit, tl, triton
 
 ROUND_A, ROUND_B, KEY_A, KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85  # Salmon et al. (2011), sec. 3.3
 WORD = 0xFFFFFFFF
@@ -136,7 +136,7 @@ def _step(
     grid = (len(x), triton.cdiv(quarter, BLOCK))
     noisy = seeds is not None
     given = x, output, coefficients.contiguous(), seeds.contiguous() if noisy else coefficients
-    with on_device_of(x):
+    with torch.cuda.device_of(x):
         _advance[grid](*given, result, size, quarter, draw, NOISY=noisy, CLIP=clip_denoised, BLOCK=BLOCK)
     return result
 
@@ -165,18 +165,8 @@ _step.register_autograd(_gradients, setup_context=_keep)
 
 @jit
 def _advance(
-    x,
-    output,
-    coefficients,
-    seeds,
-    result,
-    size,
-    quarter,
-    draw,
-    NOISY: tl.constexpr,
-    CLIP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, output, coefficients, seeds, result, size, quarter, draw, NOISY: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program a sample and block of counters. The four numbers of a counter go to the four quarters of the sample."""
     image, batch = tl.program_id(0), tl.num_programs(0)
     counter = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -20,15 +20,7 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HELD = 56_000  # floats of a group in an H100's shared memory (227 KiB), beside those of the threads
 
 
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int = 32,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
+def group_norm_silu(x, weight, bias, groups=32, eps=1e-5, scale=None, shift=None) -> Tensor:
     """As kernels.group_norm_silu, on CUDA tensors of one precision, without gradients. x is read as contiguous.
 
     Raises ValueError for what does not fit, RuntimeError without nvcc or where the GPU refuses the launch.

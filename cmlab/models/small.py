@@ -124,6 +124,13 @@ def retimed(start: ResidualMLP, highest: float, sigma_min: float, sigma_max: flo
     return start.state_dict() | {"time.0.weight": fitted[:-1].T.contiguous(), "time.0.bias": fitted[-1]}
 
 
+def taken_over(net: ResidualMLP, start: ResidualMLP, sigma_min: float, sigma_max: float) -> dict[str, Tensor]:
+    """The weights with which net begins as start is: refitted to its own embedding, what it knows of jumps left as it is."""
+    own = {key: value for key, value in net.state_dict().items() if key.startswith("way.")}
+    same = net.highest == start.highest
+    return own | (start.state_dict() if same else retimed(start, net.highest, sigma_min, sigma_max))
+
+
 def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     """The layer with weights and bias at zero: what it adds starts at nothing."""
     nn.init.zeros_(layer.weight)
