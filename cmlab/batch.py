@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -313,17 +314,25 @@ class RunFolder:
 
 
 def usable_folder(folder: Path, needed_mb: int = NEEDED_MB) -> Path:
-    """Makes the folder and returns it. Raises OSError, now and not in an hour, if it cannot be written or is full."""
+    """Returns the folder. Raises OSError, now and not in an hour, if it cannot be made, cannot be written to, or is full.
+
+    What was not there is not there afterwards: a command that fails leaves no empty folder.
+    """
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
         probe.write_bytes(bytes(1 << 16))
         probe.unlink()
+        free = shutil.disk_usage(folder).free >> 20
     except OSError as error:
         raise OSError(
             f"cannot write to the output folder {folder}: {error.strerror}. Choose another with --output"
         ) from error
-    free = shutil.disk_usage(folder).free >> 20
+    finally:
+        for place in new:
+            with suppress(OSError):  # somebody else has begun to use it
+                place.rmdir()
     if free < needed_mb:
         raise OSError(f"the disk of the output folder {folder} is full: {free} MB free, {needed_mb} MB needed")
     return folder

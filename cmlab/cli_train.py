@@ -85,7 +85,7 @@ def train(
 ) -> int:
     """Train a model by a recipe. Example: cmlab train digits-edm --output runs/my-edm
 
-    Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C keeps the last saved state. On several GPUs:
+    Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C saves both and says how to go on. On several GPUs:
     torchrun --nproc_per_node 8 -m cmlab.cli -- train cd-imagenet64-l2 --output runs/cd --resume auto
 
     Args:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from cmlab.batch import Interrupted, free_name, usable_folder
 from cmlab.checks import alone, known
 from cmlab.data import load_data
 from cmlab.recipes import Recipe
-from cmlab.training import Record
+from cmlab.training import Record, on_interrupt
 
 TRACKERS = ["tensorboard", "wandb", "none"]
 EXTRACTORS = {"digits": "digits-classifier", "tinted-digits": "tinted-digits-classifier"}
@@ -55,21 +57,29 @@ def run(
     """Trains a recipe into a folder, with a progress bar, and returns the path of its model.
 
     Losses go to the tracker; every look_every steps a sheet of so many samples goes to <folder>/samples and, with metrics_samples > 0, that
-    many are measured against as many training images. Raises Interrupted on Ctrl-C, and what training.train raises.
+    many are measured against as many training images. On Ctrl-C it saves what there is after the step at hand and raises Interrupted;
+    a second Ctrl-C does not wait for that. Raises what training.train raises.
     """
     if known("tracker", tracker, TRACKERS) == "wandb" and find_spec("wandb") is None:
         raise ValueError("tracker wandb is not installed: pip install wandb, or leave --tracker out for tensorboard")
-    watch = Watch(folder, tracker, metrics_samples, sheet)
+    watch, pressed = Watch(folder, tracker, metrics_samples, sheet), threading.Event()
+    single = ranks() == 1  # torchrun ends its processes itself
+    if single:
+        options["stop"] = pressed.is_set
     before = signal.signal(signal.SIGTERM, told_to_stop) if ranks() > 1 else None
-    records = training.train(plan, folder=folder, resume=resume, look_every=look_every, **options)
     try:
-        with tqdm(total=plan.iterations, unit="step", disable=not is_main()) as bar:
+        records = training.train(plan, folder=folder, resume=resume, look_every=look_every, **options)
+        with (
+            tqdm(total=plan.iterations, unit="step", disable=not is_main()) as bar,
+            on_interrupt(pressed.set) if single else nullcontext(),
+        ):
             for record in records:
                 bar.update(record.step - bar.n)
                 bar.set_postfix_str(f"loss {record.loss:.4f}", refresh=False)
-                watch.see(record)
+                if record.step == plan.iterations or not pressed.is_set():
+                    watch.see(record)
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped: the last saved state is in {folder}") from None
+        raise Interrupted(f"stopped at once: the last saved state is in {folder}") from None
     except RuntimeError as error:  # of the connection, or of told_to_stop
         if ranks() > 1 and any(word in str(error) for word in ("onnection", "Socket", "gloo", "NCCL")):
             raise RuntimeError(
@@ -81,6 +91,8 @@ def run(
         if before is not None:
             signal.signal(signal.SIGTERM, before)
         watch.close()
+    if record.step < plan.iterations:
+        raise Interrupted(f"stopped after step {record.step} of {plan.iterations}; its state and model are in {folder}")
     return folder / "model"
 
 

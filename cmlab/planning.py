@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmlab import checkpoints
 from cmlab.checks import known, positive
 from cmlab.continuous import ContinuousTraining, MeanFlowTraining
-from cmlab.data import Data, Prepared
+from cmlab.data import Data, Prepared, load_data
 from cmlab.distances import LPIPS
 from cmlab.models import build
 from cmlab.objectives import EDM, ConsistencyDistillation, ProgressiveDistillation
 from cmlab.parallel import PARALLEL
 from cmlab.prepare import prepare
 from cmlab.recipes import PRECISIONS, Recipe
-from cmlab.run import parts_of
+from cmlab.run import parts_of, precision_on
 from cmlab.scaling import Denoiser
 from cmlab.streams import seeded
 from cmlab.training import train
@@ -100,13 +101,13 @@ def memory_bytes(recipe: Recipe, ranks: int, parallel: str = "ddp") -> dict[str,
     }
 
 
-def matmul_flops(seconds: float = 0.5) -> float:
-    """Floating-point operations a second of a large float32 matrix product on this machine's CPU, measured now."""
-    a, done, begun = torch.ones(1024, 1024), 0, time.perf_counter()
-    while time.perf_counter() - begun < seconds:
+def matmul_flops(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> float:
+    """Floating-point operations a second of a large matrix product on this machine's CPU, measured now: the fastest of some."""
+    a, fastest, begun = torch.ones(1024, 1024, dtype=dtype), math.inf, time.perf_counter()
+    while (now := time.perf_counter()) - begun < seconds:
         a @ a
-        done += 1
-    return done * 2 * 1024**3 / (time.perf_counter() - begun)
+        fastest = min(fastest, time.perf_counter() - now)
+    return 2 * 1024**3 / fastest
 
 
 def images_per_second(
@@ -140,16 +141,28 @@ def report(recipe: Recipe, ranks: int = 1, parallel: str = "ddp") -> Iterator[st
     yield f"parameters       {parameters:,}"
     memory = memory_bytes(recipe, ranks, parallel)
     for what, size in memory.items():
-        yield f"memory           {size / 2**30:8.1f} GB   {what}"
+        yield f"memory           {amount(size)}   {what}"
     devices = f"{ranks} device{'s' * (ranks > 1)}"
-    yield f"memory           {sum(memory.values()) / 2**30:8.1f} GB   on each of {devices}, about; more micro-batches need less"
-    calls, here = network_calls(recipe), matmul_flops()
+    yield f"memory           {amount(sum(memory.values()))}   on {'each of ' * (ranks > 1)}{devices}, about; more micro-batches need less"
+    calls, here = network_calls(recipe), matmul_flops(precision_on(recipe.precision, torch.device("cpu")))
     flops = forward_flops(recipe.network) * calls * recipe.batch * recipe.iterations
     yield f"work             {flops:.3g} operations: {recipe.iterations:,} steps of {recipe.batch:,} images, {calls:g} network calls each"
     yield f"cost             {duration(flops / (GPU_TFLOPS * 1e12) / ranks)} on {devices} that sustain {GPU_TFLOPS:g} TFLOP/s"
-    yield f"cost             {duration(flops / here)} on this CPU, whose matrix products reach {here / 1e9:.0f} GFLOP/s"
+    yield f"cost             at least {duration(flops / here)} on this CPU: its matrix products reach {here / 1e9:.0f} GFLOP/s"
     if recipe.note:
         yield f"note             {recipe.note}"
+    for error in _missing(recipe):
+        yield f"missing          {error}"
+
+
+def _missing(recipe: Recipe) -> Iterator[Exception]:
+    """What the training would find missing: its data, or a model that it starts from or distils."""
+    models = {recipe.teacher, recipe.init_from} - {None, "exact"}
+    for load, name in [(load_data, recipe.data), *((checkpoints.load, name) for name in sorted(models))]:
+        try:
+            load(name)
+        except (ValueError, OSError) as error:
+            yield error
 
 
 def duration(seconds: float) -> str:
@@ -157,7 +170,12 @@ def duration(seconds: float) -> str:
     for unit, size in (("years", 31_557_600), ("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "about a second"
+
+
+def amount(size: float) -> str:
+    """Bytes in MB or GB, to be set one below the other."""
+    return f"{size / 2**30:8.1f} GB" if size >= 2**30 else f"{size / 2**20:8.0f} MB"
 
 
 # --- a shrunken copy ------------------------------------------------------------------------------------------------

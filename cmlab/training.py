@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +77,11 @@ def train(
             raise ValueError(f"{folder} holds a finished run; its model is {Path(folder) / 'model'}")
     elif folder is not None:
         run.save(folder)  # an unwritable folder is found out now, not after an hour
-    begun = time.perf_counter()
-    done = False
+    return _steps(run, folder, save_every, look_every, stop)
+
+
+def _steps(run: Run, folder, save_every: int, look_every: int | None, stop) -> Iterator[Record]:
+    recipe, begun, done = run.recipe, time.perf_counter(), False
     while not done:
         loss, grad_norm, lr = run.advance(folder)
         done = run.step == recipe.iterations or (stop is not None and run.agreed(stop()))
@@ -87,3 +93,25 @@ def train(
             run.save(folder)
         scales, mu = (f(run.step - 1, recipe.iterations) for f in (recipe.objective.scales, recipe.objective.mu))
         yield Record(run.step, recipe.iterations, loss, lr, grad_norm, scales, mu, seconds, run.overflows, model)
+
+
+@contextmanager
+def on_interrupt(call: Callable[[], object]):
+    """Inside, the first Ctrl-C does call() and no more: for train's stop. A second one raises KeyboardInterrupt, as ever.
+
+    Outside the main thread, which gets no signals, it changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(number, frame) -> None:
+        signal.signal(signal.SIGINT, before)
+        call()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

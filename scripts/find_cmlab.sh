@@ -7,9 +7,10 @@ cmlab="$root/.venv/bin/cmlab"
 launch() {
     local recipe="$1"; shift
     [[ "${PROCESSES:-1}" =~ ^[1-9][0-9]*$ ]] || { echo "PROCESSES must be a whole number from 1 on, got $PROCESSES" >&2; exit 1; }
+    local training=(train "$recipe" --output "${OUTPUT:-$root/runs/$recipe}" --resume auto "$@")
+    [ "${PROCESSES:-1}" = 1 ] && [ -z "${LAUNCH:-}" ] && exec "$cmlab" "${training[@]}"
     local python="${cmlab%/*}/python"
     [ -x "$python" ] || python="$(command -v python3)"
-    "$python" -m accelerate.commands.launch --num_machines 1 --mixed_precision no --dynamo_backend no \
-        --num_processes "${PROCESSES:-1}" ${LAUNCH:-} \
-        -m cmlab.cli train "$recipe" --output "${OUTPUT:-$root/runs/$recipe}" --resume auto "$@"
+    exec "$python" -m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no \
+        --num_processes "${PROCESSES:-1}" ${LAUNCH:-} -m cmlab.cli "${training[@]}"
 }

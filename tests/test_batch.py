@@ -108,8 +108,7 @@ def test_resuming_runs_only_what_is_not_done(tour, tmp_path):
     run.folder = tmp_path / "copy"
     for job in run.jobs:
         job.notebook = str(source) if job.status == "failed" else "a lesson that is done is not even read"
-    usable_folder(run.folder)
-    (run.folder / "figures").mkdir()
+    (run.folder / "figures").mkdir(parents=True)
     for job in run.jobs:
         for figure in job.figures:
             (run.folder / figure["file"]).write_bytes((tour.folder / figure["file"]).read_bytes())
@@ -220,6 +219,13 @@ def test_an_unwritable_folder_is_refused_before_anything_runs(tmp_path):
 def test_a_full_disk_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"is full: \d+ MB free, 1000000000000 MB needed"):
         usable_folder(tmp_path, needed_mb=10**12)
+
+
+def test_trying_a_folder_leaves_none_behind(tmp_path):
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "there", tmp_path / "runs" / "new"):
+        assert usable_folder(folder) == folder
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tour):

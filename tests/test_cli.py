@@ -285,18 +285,20 @@ def test_a_trained_model_can_be_sampled(here, capsys):
     assert code == 1 and "run holds a run already: go on with it with --resume run" in error
 
 
-def test_ctrl_c_in_train_keeps_the_last_state_and_says_how_to_go_on(here):
-    command = "train moons-edm --iterations 100000 --device cpu --output run --save-every 2".split()
+def test_ctrl_c_in_train_keeps_every_step_and_says_how_to_go_on(here, capsys):
+    command = "train moons-edm --iterations 100000 --device cpu --output run --save-every 50000".split()
     code = "import sys; from cmlab.cli import main; sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True)
-    state = here / "run" / "state.pt"
     letters = iter(lambda: process.stderr.read(1), "")
-    while not (next(letters) == "l" and state.exists()):  # the l of "loss" in the progress bar: it trains
+    while next(letters) != "l":  # of "loss" in the progress bar: it trains
         pass
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "go on with: cmlab train moons-edm --iterations 100000 --device cpu --save-every 2 --resume run" in errors
-    saved = torch.load(state, weights_only=True)["step"]
+    stopped = int(re.search(r"stopped after step (\d+) of 100000; its state and model are in run", errors)[1])
+    assert (
+        "go on with: cmlab train moons-edm --iterations 100000 --device cpu --save-every 50000 --resume run" in errors
+    )
     plan = get_recipe("moons-edm").replace(iterations=100000)
-    assert next(train(plan, device="cpu", folder=here / "run", resume=True)).step == saved + 1
+    assert next(train(plan, device="cpu", folder=here / "run", resume=True)).step == stopped + 1
+    assert load(here / "run" / "model").sigma_max == 10.0

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def test_what_lasts_is_divided_by_the_processes_that_share_it_out(capsys, monkey
     assert several == pytest.approx((1 + 2 / 8) / 3 * whole["gradients and optimizer"]), "they add up whole"
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert main(["train", recipe.name, "--dry-run", "--parallel", "fsdp"]) == 0
-    assert f"{shared[lasting] / 2**30:8.1f} GB   {lasting}" in capsys.readouterr().out
+    assert f"{planning.amount(shared[lasting])}   {lasting}" in (told := capsys.readouterr().out)
+    assert "missing          imagenet64 is not in" in told and "missing          edm_imagenet64 is not in" in told
     with pytest.raises(ValueError, match="unknown parallel 'fsdp2'"):
         planning.memory_bytes(recipe, 8, "fsdp2")
 
@@ -101,10 +103,20 @@ def test_images_a_second_are_those_of_the_very_training():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(119, "119 seconds"), (120, "2.0 minutes"), (7200, "2.0 hours"), (1e9, "31.7 years")]
+    ("seconds", "text"),
+    [(1.2, "about a second"), (119, "119 seconds"), (120, "2.0 minutes"), (7200, "2.0 hours"), (1e9, "31.7 years")],
 )
 def test_a_time_is_told_in_the_largest_unit_of_which_it_holds_two(seconds, text):
     assert planning.duration(seconds) == text
+
+
+def test_a_plan_tells_of_small_memory_in_megabytes_and_of_a_teacher_that_is_not_there(capsys):
+    assert main("train digits-cd --teacher runs-nowhere --dry-run".split()) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^memory +\d+ MB   gradients and optimizer$", told, re.M) and "0.0 GB" not in told
+    assert "missing          unknown model or folder 'runs-nowhere'" in told
+    assert main("train digits-cd --dry-run".split()) == 0
+    assert "missing" not in capsys.readouterr().out
 
 
 def test_a_plan_is_told_once_and_only_for_processes_that_can_share_the_batch(capsys, monkeypatch):

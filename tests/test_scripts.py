@@ -33,15 +33,17 @@ def test_a_script_trains_a_shrunken_copy(script, tmp_path):
 
 
 def test_a_script_starts_several_processes(tmp_path):
-    done = run(HOME / "scripts/train_cd/train_imagenet_l2.sh", "--smoke", PROCESSES="2", OUTPUT=str(tmp_path))
+    script = HOME / "scripts/train_cd/train_imagenet_l2.sh"
+    done = run(script, "--smoke", PROCESSES="2", OUTPUT=str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("3 steps of a shrunken copy ran") == 1, "one process speaks for both"
+    assert "on each of 2 devices" in run(script, "--dry-run", PROCESSES="2", OUTPUT=str(tmp_path)).stdout
 
 
 def test_without_its_data_a_script_says_how_to_get_it(tmp_path):
     script = HOME / "scripts/train_edm/train_lsun_bedroom.sh"
     done = run(script, CMLAB_DATA=str(tmp_path), OUTPUT=str(tmp_path / "out"))
-    assert done.returncode != 0
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     assert (
         "bedroom256 is not in" in done.stderr and "datasets/lsun_bedroom/fetch_lsun_bedroom.sh fetches" in done.stderr
     )

@@ -19,7 +19,7 @@ from cmlab.objectives import EDM, ConsistencyDistillation, ConsistencyTraining, 
 from cmlab.recipes import RECIPES, Recipe, get_recipe
 from cmlab.run import Run, TrainingDiverged, multiplies, parts_of
 from cmlab.scaling import ConsistencyModel, Denoiser
-from cmlab.training import train
+from cmlab.training import on_interrupt, train
 
 NET = dict(name="mlp", shape=[1, 8, 8], width=16, depth=1, num_classes=10, dropout=0.2, embedding=16)
 SMALL = Recipe("small", "digits", NET, EDM(sigma_max=20.0), iterations=12, batch=32, warmup=2, precision="fp32")
@@ -382,3 +382,12 @@ def test_a_run_that_is_told_to_stop_keeps_its_model_and_can_go_on(tmp_path):
 def test_looks_are_at_least_a_step_apart():
     with pytest.raises(ValueError, match="look_every must be at least 1, got 0"):
         next(train(SMALL, look_every=0))
+
+
+def test_the_first_ctrl_c_is_a_request_and_the_second_an_order():
+    before, asked = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), on_interrupt(lambda: asked.append(1)):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [1]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert asked == [1] and signal.getsignal(signal.SIGINT) is before

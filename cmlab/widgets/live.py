@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from cmlab.plots import ACCENT, draw_images, png, show
 from cmlab.recipes import Recipe, get_recipe
-from cmlab.training import Record, train
+from cmlab.training import Record, on_interrupt, train
 from cmlab.widgets.explore import image, sentence, status
 
 PAUSE = 0.5  # seconds between two drawings: they cost some 60 ms each
@@ -37,7 +34,7 @@ def train_live(
     display(view)
     reach_while_busy(view.stop)
     look_every = max(1, recipe.iterations // looks) if draw else None
-    with interrupts_press(view):
+    with on_interrupt(view.stop.click):
         for record in train(recipe, look_every=look_every, stop=view.stopped, **options):
             view.see(record, draw)
     view.settle()
@@ -50,24 +47,6 @@ def reach_while_busy(widget: ipywidgets.Widget) -> None:
     ipykernel 7.4 leads them to the shell in which the widget was made, and that one waits for the cell to end.
     """
     vars(widget.comm).pop("_reply_subshell_id", None)
-
-
-@contextmanager
-def interrupts_press(view: LiveView):
-    """Inside, the first interrupt presses the view's Stop button."""
-    before = signal.getsignal(signal.SIGINT)
-
-    def press(number, frame) -> None:
-        view.stop.click()
-        signal.signal(signal.SIGINT, before)
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 class LiveView(ipywidgets.VBox):
