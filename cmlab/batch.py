@@ -268,7 +268,8 @@ class RunFolder:
         todo = [job for job in self.jobs if job.status != "done"]
         cells = {job.name: len(read(job.notebook).cells) for job in todo}
         self.save()
-        with tqdm(total=sum(cells.values()), unit="cell", smoothing=0) as bar:
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} cells, {elapsed}"  # what is left cannot be told: some cells train for minutes
+        with tqdm(total=sum(cells.values()), bar_format=form) as bar:
             for k, job in enumerate(todo):
                 bar.set_description(f"{k + 1}/{len(todo)} {job.name}")
                 end = bar.n + cells[job.name]

@@ -243,7 +243,7 @@ _ALL = [
 _PUBLISHED_EMA = (0.999, 0.9999, 0.9999432189950708)
 _LSUN_EMA = (0.9999, 0.99994, 0.9999432189950708)  # of CD and CT
 _PUBLISHED = dict(warmup=0, decay=0.0, betas=(0.9, 0.999), optimizer="radam", clip=math.inf, precision="fp16")
-_COST = "64 A100 GPUs in the paper; cmlab train … --dry-run estimates yours"
+_COST = "64 A100 (paper)"
 
 
 def _published(data: str) -> list[Recipe]:
