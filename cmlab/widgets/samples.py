@@ -96,7 +96,8 @@ class MaskPainter(ipywidgets.VBox):
         hidden = float((self.mask == 0).float().mean())
         there = (repairs - repairs.mean(0))[..., self.mask == 0]
         differ = float(there.square().mean().sqrt()) if hidden else 0.0
-        text = f"{hidden:.0%} painted over; {self._repairs} repairs with {calls} network calls each, which differ by {differ:.2f} there."
+        cost = f"{calls} network call{'s' * (calls != 1)} each"
+        text = f"{hidden:.0%} painted over; {self._repairs} repairs with {cost}, which differ by {differ:.2f} there."
         self.surface.set_trait("alt", f"The picture, {hidden:.0%} of it painted over.")
         self._seen, self._repaired = self._masked(measured), repairs
         self.surface.source = source(enlarged(self._seen, ZOOM))
