@@ -77,7 +77,8 @@ class Bench:
         return torch.compile(function, backend="aot_eager" if self.small else "inductor", dynamic=False)
 
     def table(self, title: str, columns: list[str]) -> None:
-        """Begins a table."""
+        """Begins a table, and prints its head."""
+        print(f"\n{title}\n{' | '.join(columns)}")
         self.lines += ["", f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
 
     def row(self, *cells) -> None:
@@ -298,7 +299,12 @@ def pictures(size: int) -> Data:
 
 
 def main(small: bool = False, output: Path | None = None) -> None:
-    """Runs everything there is a device for, prints the table and writes it."""
+    """Runs everything there is a device for, prints the table and writes it.
+
+    Args:
+        small: Tiny sizes, to see that it runs.
+        output: The file to write, instead of benchmarks/KERNELS-<card>.md (of a dry run: runs/KERNELS-dry-run.md).
+    """
     warnings.filterwarnings("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU, dry run"
@@ -313,7 +319,11 @@ def main(small: bool = False, output: Path | None = None) -> None:
         "`python benchmarks/kernels.py`",
     ]  # fmt: skip
     print(bench.lines[-1])
-    path = output or Path(__file__).with_name(f"KERNELS-{card.replace(' ', '-').replace(',', '')}.md")
+    if device == "cpu":
+        print("There is no GPU here: this is a dry run, whose times and shares mean nothing.")
+    dry = Path("runs") / "KERNELS-dry-run.md"
+    path = output or (dry if device == "cpu" else Path(__file__).with_name(f"KERNELS-{card.replace(' ', '-')}.md"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     for part in (group_norm_silu, jvp_attention, fused_step, sampling, training):
         torch._dynamo.reset()
         part(bench)

@@ -83,6 +83,8 @@ def load(
     not begin with edm_, cd_ or ct_: the networks are the same. No random numbers are drawn. Raises ValueError for an unknown name
     (naming the nearest) and for a file that is cut off, foreign or does not fit its config.
     """
+    if kind is not None:
+        known("kind", kind, [Denoiser.kind, ConsistencyModel.kind])
     place = _find(name_or_path)
     config, weights, path = _read(place, kind)
     if config["kind"] == DigitsClassifier.kind:

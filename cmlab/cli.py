@@ -376,6 +376,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads our output has seen enough, as `cmlab recipes | head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("CMLAB_DEBUG"):
             raise

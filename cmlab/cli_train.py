@@ -178,7 +178,11 @@ def _train(recipe: str, plan, output: Path | None, resume: str | None, options: 
     except Interrupted as stop:
         raise Interrupted(f"{stop}\ngo on with: cmlab {shlex.join(_resumed(sys.argv[1:], folder))}") from None
     if jobs.is_main():
-        print(f"model: {model.resolve()}\nsample from it with: cmlab sample {model}")
+        points = len(plan.network.get("shape", "CHW")) == 1
+        how = (
+            f"cmlab.sample_onestep(cmlab.load({str(model)!r}), noise) in Python" if points else f"cmlab sample {model}"
+        )
+        print(f"model: {model.resolve()}\nsample from it with: {how}")
     return 0
 
 

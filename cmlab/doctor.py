@@ -144,7 +144,6 @@ def _optional() -> Iterator[Finding]:
     yield _command("chromium", ["chromium", "chromium-browser", "google-chrome"], "CHROMIUM",
                    "only the browser tests need it: apt-get install chromium")  # fmt: skip
     for package, use in {
-        "triton": "GPU kernels",
         "diffusers": "interoperation with diffusers", "myst-nb": "cmlab site", "sphinx-book-theme": "cmlab site",
     }.items():  # fmt: skip
         found = _version(package)

@@ -62,7 +62,7 @@ class Run:
     """
 
     def __init__(
-        self, recipe: Recipe, data: Data | Prepared, teacher: Callable | None, device: str | None, seed: int,
+        self, recipe: Recipe, data: Data | Prepared, teacher: Callable | str | Path | None, device: str | None, seed: int,
         parallel: str = "ddp",
     ):  # fmt: skip
         self.recipe, self.data, self.seed, self.step = recipe, data, whole("seed", seed, 0), 0
@@ -145,6 +145,8 @@ class Run:
         return checkpoints.load(self.recipe.teacher) if self.recipe.teacher else None
 
     def _chosen_teacher(self, given: Callable | None) -> Callable | None:
+        if isinstance(given, (str, Path)):
+            given = checkpoints.load(given)
         teacher = self._own_teacher() if given is None else copy.deepcopy(given)  # the caller's stays as it is
         if isinstance(teacher, ConsistencyModel):
             raise ValueError("teacher must be a denoiser, whose ODE is walked; got a consistency model, which jumps")
@@ -282,8 +284,10 @@ class Run:
 
     def restore(self, folder: str | Path | None) -> None:
         """Reads <folder>/state.pt back, after checking that it belongs to this recipe and seed."""
-        path = Path(folder or "") / "state.pt"
-        if folder is None or not path.exists():
+        if folder is None:
+            raise ValueError("resume needs folder, where the state of the run is")
+        path = Path(folder) / "state.pt"
+        if not path.exists():
             raise FileNotFoundError(f"nothing to resume: {path} does not exist; start without resume")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -36,7 +36,7 @@ class Record:
 def train(
     recipe: Recipe | str,
     data: Data | Prepared | None = None,
-    teacher: Callable | None = None,
+    teacher: Callable | str | Path | None = None,
     device: str | None = None,
     folder: str | Path | None = None,
     resume: bool | str = False,
@@ -49,7 +49,7 @@ def train(
     """Trains a recipe; yields a Record a step. `*_, last = train("digits-cd")` gives the model as last.model.
 
     data and teacher default to the recipe's own (the teacher: an embedded model or "exact", the data's own denoiser); any
-    denoiser serves as teacher.
+    denoiser serves as teacher, or the name or path of one.
     With a folder the state is saved every save_every steps and at the end (state.pt, atomically), and the final model as
     <folder>/model; resume=True goes on from the state found there, resume="auto" does if there is one and else begins. Every
     look_every steps the record carries the averaged model so far. stop() is asked after every step: the one after which it says True
@@ -58,7 +58,7 @@ def train(
     parallel is what several processes do with the models: "ddp", a whole copy on each, or "fsdp", a share of every weight, average
     and optimizer state on each. One process has nothing to share out and trains the same under either, and a state that was saved
     under one goes on under the other, on any number of processes.
-    Raises FileNotFoundError if there is nothing to resume, ValueError for an unknown parallel, if the state belongs to another recipe,
+    Raises FileNotFoundError if there is nothing to resume, ValueError for an unknown parallel, for resume without folder, if the state belongs to another recipe,
     if a folder to start in holds a run or if a teacher is missing, TrainingDiverged when the loss or its gradient is not finite.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe

@@ -9,6 +9,13 @@ launch() {
     [[ "${PROCESSES:-1}" =~ ^[1-9][0-9]*$ ]] || { echo "PROCESSES must be a whole number from 1 on, got $PROCESSES" >&2; exit 1; }
     local training=(train "$recipe" --output "${OUTPUT:-$root/runs/$recipe}" --resume auto "$@")
     [ "${PROCESSES:-1}" = 1 ] && [ -z "${LAUNCH:-}" ] && exec "$cmlab" "${training[@]}"
+    case " $* " in
+        *" --smoke "* | *" --dry-run "*) ;;
+        *)  # found out here, by one process: what torchrun prints would bury it
+            local missing
+            missing="$(WORLD_SIZE=1 "$cmlab" train "$recipe" "$@" --dry-run | sed -n 's/^missing  *//p')"
+            [ -z "$missing" ] || { echo "cmlab: $missing" >&2; exit 1; } ;;
+    esac
     local python="${cmlab%/*}/python"
     [ -x "$python" ] || python="$(command -v python3)"
     exec "$python" -m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no \

@@ -1,3 +1,4 @@
+import itertools
 import signal
 import subprocess
 import sys
@@ -147,3 +148,18 @@ def test_the_first_pictures_are_read_without_the_rest(tmp_path):
     assert torch.allclose(first, Drawing(MODEL, 30).part()[0][:4].clamp(-1, 1), atol=1 / 127)
     assert len(list(drawing.first_of(tmp_path / "a.npz", 99))) == 30
     assert zipfile.ZipFile(tmp_path / "a.npz").testzip() is None
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_another_seed_draws_other_pictures(steps):
+    drawn = [drawing.draw(MODEL, 3, steps=steps, seed=seed)[0] for seed in (0, 1, 2, 1)]
+    assert torch.equal(drawn[1], drawn[3])
+    pictures = torch.cat(drawn[:3]).flatten(1)
+    assert torch.pdist(pictures).min() > 1e-3, "nine pictures, no two of them the same"
+
+
+def test_the_streams_of_a_thousand_seeds_lie_apart():
+    """torch's CPU generator keeps 32 bits of a seed."""
+    first = sorted(drawing.STRIDE * seed % 2**32 for seed in range(1000))
+    assert min(b - a for a, b in itertools.pairwise([*first, first[0] + 2**32])) > 1_900_000
+    assert torch.equal(*(torch.randn(2, generator=torch.Generator().manual_seed(s)) for s in (3, 2**32 + 3)))

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,9 @@ def test_a_room_imports_only_from_those_before_it(path):
     room = room_of(path)
     before = ROW[: ROW.index(room)] if room in ROW else []
     assert imported(path) - {room} <= set(before)
+
+
+def test_the_package_is_found_from_the_folder_above_a_clone(tmp_path):
+    """There, Python sees a folder called cmlab: the clone."""
+    (tmp_path / "cmlab").symlink_to(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", "import cmlab; cmlab.load"], cwd=tmp_path, check=True)

@@ -31,6 +31,10 @@ def test_a_lesson_has_its_page_with_every_figure_described_and_its_notebook_to_d
     assert len(shown) == len(figures) > 0 and all(len(alt.split()) > 4 for alt in shown)
     assert (site / "_sources" / "lessons" / lesson.name).read_bytes() == lesson.read_bytes()
     assert f"solutions/{lesson.stem}_solution.html" in page
+    controls = [name for name in ("explore(", "train_live(", "Explorer(", "Viewer(", "MaskPainter(", "Playground(") for cell in
+                nbformat.read(lesson, 4).cells if cell.cell_type == "code" and name in cell.source]  # fmt: skip
+    assert page.count("Here is a live control") <= len(controls), "a note for each control, none for a progress bar"
+    assert not re.search(r"<m[ino][^>]*>[^<]*\\\\", page), "a formula holds TeX that was not understood"
 
 
 def test_no_link_leads_nowhere(site):
@@ -75,6 +79,7 @@ def test_the_rooms_of_the_reference_exist_and_those_that_lessons_import_are_in_i
 
 def test_formulas_are_drawn_and_unknown_ones_shown_as_they_are():
     assert mathml(r"\frac{x}{\sigma}", "inline").startswith("<math")
+    assert "‖" in (drawn := mathml(r"\big\| x \big\|", "inline")) and "\\" not in drawn
     assert mathml(r"\begin{nowhere", "inline") == r"<code>\begin{nowhere</code>"
 
 

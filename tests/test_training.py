@@ -391,3 +391,11 @@ def test_the_first_ctrl_c_is_a_request_and_the_second_an_order():
         assert asked == [1]
         os.kill(os.getpid(), signal.SIGINT)
     assert asked == [1] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_teacher_may_be_named(tmp_path):
+    recipe = dataclasses.replace(get_recipe("digits-cd-short"), iterations=1, batch=8, teacher=None)
+    named, given = (next(train(recipe, teacher=t)).loss for t in ("digits-edm", checkpoints.load("digits-edm")))
+    assert named == given
+    with pytest.raises(ValueError, match="resume needs folder"):
+        next(train(recipe, teacher="digits-edm", resume=True))

@@ -59,5 +59,5 @@ def test_without_nvcc_the_error_says_what_to_install(monkeypatch, tmp_path):
 
 
 def test_tensors_elsewhere_than_on_a_gpu_are_refused():
-    with pytest.raises(ValueError, match="x must be on a GPU"):
+    with pytest.raises(ValueError, match="x and all beside it must be on a GPU"):
         twin.group_norm_silu(torch.ones(1, 4, 2, 2), torch.ones(4), torch.ones(4), 2)

@@ -27,8 +27,10 @@ def group_norm_silu(x, weight, bias, groups=32, eps=1e-5, scale=None, shift=None
     """
     check(x, weight, bias, groups, scale, shift)
     given = [None if t is None else t.detach().contiguous() for t in (x, weight, bias, scale, shift)]
-    if any(t is not None and (not t.is_cuda or t.dtype != x.dtype) for t in given) or x.dtype not in KINDS:
-        raise ValueError(f"x must be on a GPU and all of one dtype of {list(KINDS)}, got {x.dtype} on {x.device}")
+    if any(t is not None and not t.is_cuda for t in given):
+        raise ValueError(f"x and all beside it must be on a GPU, got x on {x.device}")
+    if any(t is not None and t.dtype != x.dtype for t in given) or x.dtype not in KINDS:
+        raise ValueError(f"x and all beside it must be of one dtype of {list(KINDS)}, got x in {x.dtype}")
     batch, channels = x.shape[:2]
     each, pixels = channels // groups, x[0, 0].numel()
     if each * pixels > HELD:

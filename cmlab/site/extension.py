@@ -35,7 +35,7 @@ def _block(translator, node) -> None:
 def mathml(formula: str, display: str) -> str:
     """A TeX formula as MathML; its source where the converter does not know it."""
     try:
-        return convert(formula, display=display)
+        return convert(formula.replace(r"\big\|", r"\big‖"), display=display)  # of which it knows the second only
     except Exception:  # of a converter of other people's, anything
         return f"<code>{html.escape(formula)}</code>"
 

@@ -21,7 +21,7 @@ REFERENCE = {
     "Measuring and showing": ["metrics", "extractors", "plots", "widgets.paths", "widgets.curves", "widgets.samples", "widgets.live"],
 }  # fmt: skip
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PROGRESS = re.compile(r"^(HBox\(children=\(HTML|\s*\d+%\|)")
+PROGRESS = re.compile(r"^(HBox\(children=\(HTML|.*\b\d+%\|)")
 LIVE = "*Here is a live control when the lesson runs in JupyterLab. The figures beside it stand still.*"
 NAME = re.compile(r"(?<!`)`(cmlab(?:\.\w+)+)(?:\(\))?`(?!`)")
 LESSON = re.compile(r"(?<![\[\w])([Ll]essons? )(0\d)\b(?![^\[]*\]\()")
