@@ -58,8 +58,9 @@ def train(
     parallel is what several processes do with the models: "ddp", a whole copy on each, or "fsdp", a share of every weight, average
     and optimizer state on each. One process has nothing to share out and trains the same under either, and a state that was saved
     under one goes on under the other, on any number of processes.
-    Raises FileNotFoundError if there is nothing to resume, ValueError for an unknown parallel, for resume without folder, if the state belongs to another recipe,
-    if a folder to start in holds a run or if a teacher is missing, TrainingDiverged when the loss or its gradient is not finite.
+    Raises FileNotFoundError if there is nothing to resume, ValueError for an unknown parallel, for resume without folder, if the state
+    belongs to another recipe, if a folder to start in holds a run or if a teacher is missing, TrainingDiverged when the loss or its
+    gradient is not finite.
     """
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
     whole("save_every", save_every)
