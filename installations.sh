@@ -218,7 +218,7 @@ from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from pip._vendor.packaging.requirements import Requirement
-sys.path[:] = [entry for entry in sys.path if entry not in ("", sys.argv[1])]
+sys.path[:] = [entry for entry in sys.path if entry]  # the installed one, not what lies in the current folder
 if Path(find_spec("cmlab").origin).resolve().parent.parent != Path(sys.argv[1]).resolve():
     sys.exit(1)
 for wanted in map(Requirement, requires("cmlab")):

@@ -15,9 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -317,23 +317,19 @@ class RunFolder:
 def usable_folder(folder: Path, needed_mb: int = NEEDED_MB) -> Path:
     """Returns the folder. Raises OSError, now and not in an hour, if it cannot be made, cannot be written to, or is full.
 
-    What was not there is not there afterwards: a command that fails leaves no empty folder.
+    Makes nothing: a command that fails leaves no empty folder, and processes that ask at once do not meet.
     """
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(bytes(1 << 16))
-        probe.unlink()
-        free = shutil.disk_usage(folder).free >> 20
+        place = folder.absolute()
+        there = next(place for place in (place, *place.parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+        free = shutil.disk_usage(there).free >> 20
     except OSError as error:
         raise OSError(
             f"cannot write to the output folder {folder}: {error.strerror}. Choose another with --output"
         ) from error
-    finally:
-        for place in new:
-            with suppress(OSError):  # somebody else has begun to use it
-                place.rmdir()
     if free < needed_mb:
         raise OSError(f"the disk of the output folder {folder} is full: {free} MB free, {needed_mb} MB needed")
     return folder

@@ -81,7 +81,7 @@ def load(
     first: a folder that is called like an embedded model is "./digits-cd".
     dtype is that of the weights, float32 without it. kind ("denoiser" or "consistency") is needed only for a .pt file whose name does
     not begin with edm_, cd_ or ct_: the networks are the same. No random numbers are drawn. Raises ValueError for an unknown name
-    (naming the nearest) and for a file that is cut off, foreign or does not fit its config.
+    or kind (naming the nearest) and for a file that is cut off, foreign or does not fit its config.
     """
     if kind is not None:
         known("kind", kind, [Denoiser.kind, ConsistencyModel.kind])

@@ -370,14 +370,17 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 after an error, 130 after Ctrl-C (2, of tyro, for misuse)."""
     try:
-        return tyro.extras.subcommand_cli_from_dict(
+        code = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="cmlab", description=HELP, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)
         )
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who reads our output has seen enough, as `cmlab recipes | head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("cmlab: who read the output has gone", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("CMLAB_DEBUG"):

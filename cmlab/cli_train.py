@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,7 +86,8 @@ def train(
 ) -> int:
     """Train a model by a recipe. Example: cmlab train digits-edm --output runs/my-edm
 
-    Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C saves both and says how to go on. On several GPUs:
+    Saves the state as it goes and the model at the end, as <output>/model. Ctrl-C saves both and says how to go on.
+    On several GPUs, where Ctrl-C keeps the last saved state:
     torchrun --nproc_per_node 8 -m cmlab.cli -- train cd-imagenet64-l2 --output runs/cd --resume auto
 
     Args:
@@ -112,7 +114,7 @@ def train(
         look_every: Steps between two sheets of samples, in <output>/samples.
         metrics: Measure so many samples at every look.
         tracker: Where losses go.
-        dry_run: Only tell what it would be: config, parameters, memory on each device, cost.
+        dry_run: Only tell what it would be (config, parameters, memory on each device, cost) and what is missing for it.
         smoke: Train 3 steps of a shrunken copy on synthetic pictures, by the same path.
     """
     from cmlab.checks import alone
@@ -171,17 +173,21 @@ def _smoke(plan, options: dict) -> int:
 def _train(recipe: str, plan, output: Path | None, resume: str | None, options: dict) -> int:
     from cmlab import jobs
     from cmlab.batch import Interrupted
+    from cmlab.scaling import ONE_CALL
 
     folder = jobs.folder_of(recipe, output, resume)
     try:
         model = jobs.run(plan, folder, "auto" if resume == "auto" else resume is not None, **options)
     except Interrupted as stop:
         raise Interrupted(f"{stop}\ngo on with: cmlab {shlex.join(_resumed(sys.argv[1:], folder))}") from None
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # if nothing came of it
     if jobs.is_main():
-        points = len(plan.network.get("shape", "CHW")) == 1
-        how = (
-            f"cmlab.sample_onestep(cmlab.load({str(model)!r}), noise) in Python" if points else f"cmlab sample {model}"
-        )
+        how = f"cmlab sample {model}"
+        if len(plan.network.get("shape", (3, 1, 1))) == 1:  # points, not pictures
+            sampler = "sample_onestep" if plan.objective.kind.kind in ONE_CALL else "sample_heun"
+            how = f"cmlab.{sampler}(cmlab.load({str(model)!r}), …) in Python"
         print(f"model: {model.resolve()}\nsample from it with: {how}")
     return 0
 

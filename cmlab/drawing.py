@@ -28,8 +28,8 @@ from cmlab.streams import Streams, get_generator
 
 BATCH, PIXELS = 250, 200_000  # pictures a network call; fewer where they have more numbers than this together
 SHARD, SHARD_PIXELS = 500, 4_000_000  # pictures a file, in the same way
-# Between the seeds of two --seed, which torch's CPU generator takes modulo 2^32: this (the golden ratio of it) keeps the pictures of
-# 1,000 of them 1.9 million apart, so that no two share their noise.
+# Between the seeds of two --seed. torch's CPU generator keeps 32 bits: 2^32 over the golden ratio leaves 1,000 seeds 1.9 million
+# apart, so that no two of so many pictures share their noise.
 STRIDE = 0x9E3779B1
 DIFFUSION = {
     "heun": sampling.heun_states,

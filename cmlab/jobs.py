@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def folder_of(recipe: str, output: Path | None, resume: str | None) -> Path:
         return Path(resume)
     if output is None and (resume == "auto" or ranks() > 1):
         raise ValueError("give --output: with --resume auto, or in several processes, the folder must have a name")
-    return usable_folder(output or free_name(Path("runs"), f"train-{recipe}"))
+    folder = usable_folder(output or free_name(Path("runs"), f"train-{recipe}"))
+    if output is None:
+        folder.mkdir(parents=True)  # the name is taken now: another training may start in this second
+    return folder
 
 
 def run(
@@ -57,8 +61,9 @@ def run(
     """Trains a recipe into a folder, with a progress bar, and returns the path of its model.
 
     Losses go to the tracker; every look_every steps a sheet of so many samples goes to <folder>/samples and, with metrics_samples > 0, that
-    many are measured against as many training images. On Ctrl-C it saves what there is after the step at hand and raises Interrupted;
-    a second Ctrl-C does not wait for that. Raises what training.train raises.
+    many are measured against as many training images. On Ctrl-C one process saves what there is after the step at hand and raises
+    Interrupted; a second Ctrl-C does not wait for that, nor do several processes, which keep the last saved state.
+    Raises what training.train raises.
     """
     if known("tracker", tracker, TRACKERS) == "wandb" and find_spec("wandb") is None:
         raise ValueError("tracker wandb is not installed: pip install wandb, or leave --tracker out for tensorboard")
@@ -71,7 +76,7 @@ def run(
         records = training.train(plan, folder=folder, resume=resume, look_every=look_every, **options)
         with (
             tqdm(total=plan.iterations, unit="step", disable=not is_main()) as bar,
-            on_interrupt(pressed.set) if single else nullcontext(),
+            on_interrupt(partial(stop_soon, pressed)) if single else nullcontext(),
         ):
             for record in records:
                 bar.update(record.step - bar.n)
@@ -79,6 +84,8 @@ def run(
                 if record.step == plan.iterations or not pressed.is_set():
                     watch.see(record)
     except KeyboardInterrupt:
+        if not (folder / "state.pt").exists():
+            raise  # there is nothing to go on from
         raise Interrupted(f"stopped at once: the last saved state is in {folder}") from None
     except RuntimeError as error:  # of the connection, or of told_to_stop
         if ranks() > 1 and any(word in str(error) for word in ("onnection", "Socket", "gloo", "NCCL")):
@@ -130,6 +137,12 @@ class Watch:
         """Writes what is left."""
         for tracker in self.trackers or ():
             tracker.finish()
+
+
+def stop_soon(pressed: threading.Event) -> None:
+    """What the first Ctrl-C does."""
+    pressed.set()
+    os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print may be in the midst of printing
 
 
 def told_to_stop(number, frame) -> None:

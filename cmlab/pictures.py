@@ -78,9 +78,8 @@ def edited(
     operator = _operator(task, None if mask is None else mask.to(device), factor, sigma)
     measured = operator.measure(pictures, torch.Generator().manual_seed(seed))
     levels = levels_for(model, steps, sigma if task in ("denoise", "stroke") else model.sigma_max)
-    shown = (
-        operator.project(pictures) if task == "inpaint" else measured
-    )  # what is hidden in grey: black may be a picture's own
+    # what is hidden in grey: black may be a picture's own
+    shown = operator.project(pictures) if task == "inpaint" else measured
     stream, row = Streams(num, seed, stride=STRIDE), [pictures, shown]
     for first in range(0, num, batch or num):
         stream.set_done_samples(first)

@@ -31,7 +31,7 @@ from cmlab.recipes import PRECISIONS, Recipe
 from cmlab.scaling import ConsistencyModel, Denoiser
 from cmlab.streams import randn, seeded
 
-LARGEST_SEED = 2**32  # beyond it (seed, step) would not fit into the 64 bits of torch's seeds
+LARGEST_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits: a larger one would repeat a smaller one
 STREAMS = 1_009  # of random numbers a step: one of draws and one of dropout for every micro-batch, or share of one
 
 
@@ -144,7 +144,7 @@ class Run:
             raise ValueError(f"recipe {self.recipe.name} distils and names no teacher: give one, train(…, teacher=…)")
         return checkpoints.load(self.recipe.teacher) if self.recipe.teacher else None
 
-    def _chosen_teacher(self, given: Callable | None) -> Callable | None:
+    def _chosen_teacher(self, given: Callable | str | Path | None) -> Callable | None:
         if isinstance(given, (str, Path)):
             given = checkpoints.load(given)
         teacher = self._own_teacher() if given is None else copy.deepcopy(given)  # the caller's stays as it is

@@ -119,9 +119,8 @@ class Streams:
     def _generator(self, sample: int) -> torch.Generator:
         if sample not in self._generators:
             seed = self.stride * self.seed + sample if self.individual else self.seed
-            self._generators[sample] = torch.Generator().manual_seed(
-                seed % 2**32
-            )  # the bits that the CPU's generator keeps
+            seed %= 2**32  # the bits that the CPU's generator keeps
+            self._generators[sample] = torch.Generator().manual_seed(seed)
         return self._generators[sample]
 
     def set_done_samples(self, done: int) -> None:

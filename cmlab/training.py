@@ -48,6 +48,7 @@ def train(
 ) -> Iterator[Record]:
     """Trains a recipe; yields a Record a step. `*_, last = train("digits-cd")` gives the model as last.model.
 
+    The call itself checks, loads and saves the first state; the iterator that it returns trains.
     data and teacher default to the recipe's own (the teacher: an embedded model or "exact", the data's own denoiser); any
     denoiser serves as teacher, or the name or path of one.
     With a folder the state is saved every save_every steps and at the end (state.pt, atomically), and the final model as
@@ -81,7 +82,9 @@ def train(
     return _steps(run, folder, save_every, look_every, stop)
 
 
-def _steps(run: Run, folder, save_every: int, look_every: int | None, stop) -> Iterator[Record]:
+def _steps(
+    run: Run, folder: str | Path | None, save_every: int, look_every: int | None, stop: Callable[[], bool] | None
+) -> Iterator[Record]:  # fmt: skip
     recipe, begun, done = run.recipe, time.perf_counter(), False
     while not done:
         loss, grad_norm, lr = run.advance(folder)
@@ -98,14 +101,15 @@ def _steps(run: Run, folder, save_every: int, look_every: int | None, stop) -> I
 
 @contextmanager
 def on_interrupt(call: Callable[[], object]):
-    """Inside, the first Ctrl-C does call() and no more: for train's stop. A second one raises KeyboardInterrupt, as ever.
+    """Inside, the first Ctrl-C does call() and no more: for train's stop. A second one does what it did before.
 
-    Outside the main thread, which gets no signals, it changes nothing.
+    Where SIGINT is ignored, and outside the main thread, which gets no signals, it changes nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    if before in (None, signal.SIG_IGN):
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def first(number, frame) -> None:
         signal.signal(signal.SIGINT, before)

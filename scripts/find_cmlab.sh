@@ -13,11 +13,13 @@ launch() {
         *" --smoke "* | *" --dry-run "*) ;;
         *)  # found out here, by one process: what torchrun prints would bury it
             local missing
-            missing="$(WORLD_SIZE=1 "$cmlab" train "$recipe" "$@" --dry-run | sed -n 's/^missing  *//p')"
-            [ -z "$missing" ] || { echo "cmlab: $missing" >&2; exit 1; } ;;
+            missing="$(WORLD_SIZE=1 "$cmlab" train "$recipe" "$@" --dry-run | sed -n 's/^missing  */cmlab: /p')"
+            [ -z "$missing" ] || { echo "$missing" >&2; exit 1; } ;;
     esac
     local python="${cmlab%/*}/python"
     [ -x "$python" ] || python="$(command -v python3)"
-    exec "$python" -m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no \
+    local several=--multi_gpu
+    [ "${PROCESSES:-1}" != 1 ] || several=
+    exec "$python" -m accelerate.commands.launch $several --num_machines 1 --mixed_precision no --dynamo_backend no \
         --num_processes "${PROCESSES:-1}" ${LAUNCH:-} -m cmlab.cli "${training[@]}"
 }

@@ -289,9 +289,9 @@ def test_ctrl_c_in_train_keeps_every_step_and_says_how_to_go_on(here, capsys):
     command = "train moons-edm --iterations 100000 --device cpu --output run --save-every 50000".split()
     code = "import sys; from cmlab.cli import main; sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True)
-    letters = iter(lambda: process.stderr.read(1), "")
-    while next(letters) != "l":  # of "loss" in the progress bar: it trains
-        pass
+    said = ""
+    while not said.endswith("loss"):  # in the progress bar: it trains
+        said += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors

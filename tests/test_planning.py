@@ -68,7 +68,7 @@ def test_checkpointing_and_micro_batches_save_memory():
     assert sum(planning.memory_bytes(recipe, 128).values()) < few, "more devices than parts share one"
 
 
-def test_what_lasts_is_divided_by_the_processes_that_share_it_out(capsys, monkeypatch):
+def test_what_lasts_is_divided_by_the_processes_that_share_it_out(capsys, monkeypatch, tmp_path):
     recipe, lasting = get_recipe("cd-imagenet64-l2"), "weights of student, averages, target, teacher"
     parts = recipe.replace(micro_batches=8)
     whole, shared = planning.memory_bytes(parts, 8), planning.memory_bytes(parts, 8, "fsdp")
@@ -77,6 +77,8 @@ def test_what_lasts_is_divided_by_the_processes_that_share_it_out(capsys, monkey
     several = planning.memory_bytes(recipe, 8, "fsdp")["gradients and optimizer"]
     assert several == pytest.approx((1 + 2 / 8) / 3 * whole["gradients and optimizer"]), "they add up whole"
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("CMLAB_DATA", str(tmp_path))
+    monkeypatch.setenv("CMLAB_CHECKPOINTS", str(tmp_path))
     assert main(["train", recipe.name, "--dry-run", "--parallel", "fsdp"]) == 0
     assert f"{planning.amount(shared[lasting])}   {lasting}" in (told := capsys.readouterr().out)
     assert "missing          imagenet64 is not in" in told and "missing          edm_imagenet64 is not in" in told

@@ -40,9 +40,10 @@ def test_a_script_starts_several_processes(tmp_path):
     assert "on each of 2 devices" in run(script, "--dry-run", PROCESSES="2", OUTPUT=str(tmp_path)).stdout
 
 
-def test_without_its_data_a_script_says_how_to_get_it(tmp_path):
+@pytest.mark.parametrize("processes", [{}, {"PROCESSES": "2"}], ids=["one", "two"])
+def test_without_its_data_a_script_says_how_to_get_it(processes, tmp_path):
     script = HOME / "scripts/train_edm/train_lsun_bedroom.sh"
-    done = run(script, CMLAB_DATA=str(tmp_path), OUTPUT=str(tmp_path / "out"))
+    done = run(script, **processes, CMLAB_DATA=str(tmp_path), OUTPUT=str(tmp_path / "out"))
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     assert (
         "bedroom256 is not in" in done.stderr and "datasets/lsun_bedroom/fetch_lsun_bedroom.sh fetches" in done.stderr

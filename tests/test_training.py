@@ -286,7 +286,7 @@ def test_a_device_that_this_process_does_not_have_is_refused(device, message):
 
 
 @pytest.mark.parametrize(
-    ("seed", "message"), [(-3, "seed must be at least 0"), (2**40, "seed must be at most 4294967296")]
+    ("seed", "message"), [(-3, "seed must be at least 0"), (2**40, "seed must be at most 4294967295")]
 )
 def test_seeds_that_do_not_fit_are_refused(seed, message):
     with pytest.raises(ValueError, match=message):
@@ -385,12 +385,15 @@ def test_looks_are_at_least_a_step_apart():
 
 
 def test_the_first_ctrl_c_is_a_request_and_the_second_an_order():
-    before, asked = signal.getsignal(signal.SIGINT), []
-    with pytest.raises(KeyboardInterrupt), on_interrupt(lambda: asked.append(1)):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked == [1]
-        os.kill(os.getpid(), signal.SIGINT)
-    assert asked == [1] and signal.getsignal(signal.SIGINT) is before
+    before, asked = signal.signal(signal.SIGINT, signal.default_int_handler), []
+    try:
+        with pytest.raises(KeyboardInterrupt), on_interrupt(lambda: asked.append(1)):
+            signal.raise_signal(signal.SIGINT)
+            assert asked == [1]
+            signal.raise_signal(signal.SIGINT)
+        assert asked == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_teacher_may_be_named(tmp_path):
