@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +49,17 @@ class Bench:
 
     def __init__(self, device: str, small: bool):
         self.device, self.small, self.lines = device, small, []
-        size = 1 << (16 if small else 29)
-        a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+        size, side = (1 << 16, 64) if small else (1 << 29, 8192)
+        a, m = normal(self, size // 2), normal(self, side, side)  # of zeros a product is faster than of other numbers
+        b = torch.empty_like(a)
         self.bandwidth = 2 * size / self.time(lambda: b.copy_(a))
-        side = 64 if small else 8192
-        m = torch.ones(side, side, dtype=HALF, device=device)
         self.rate = 2 * side**3 / self.time(lambda: m @ m)
 
-    def time(self, call: Callable, rounds: int = 20) -> float:
-        """The median of some runs, after two that warm up or compile. On a GPU by its own clock, with a cold cache."""
+    def time(self, call: Callable, rounds: int = 20, whole: bool = False) -> float:
+        """The median of some runs, after two that warm up or compile. On a GPU by its own clock, with a cold cache.
+
+        whole: the time in which Python launches the kernels is in it; else the GPU is kept waiting until all are launched.
+        """
         rounds = 2 if self.small else rounds
         call(), call()
         if self.device != "cuda":
@@ -64,6 +67,8 @@ class Bench:
         flush, times = torch.empty(64 << 20, dtype=torch.int32, device="cuda"), []
         for _ in range(rounds):
             flush.zero_()
+            if not whole:
+                torch.cuda._sleep(4_000_000)  # cycles: 2 ms or so
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -87,10 +92,10 @@ class Bench:
         self.lines.append(line)
         print(line, flush=True)
 
-    def attempt(self, call: Callable) -> float | None:
+    def attempt(self, call: Callable, whole: bool = False) -> float | None:
         """The time of a call; None where this machine cannot run it (no kernel, no compiler, no memory, no package)."""
         try:
-            return self.time(call)
+            return self.time(call, whole=whole)
         except CANNOT as error:
             print(f"  not run: {type(error).__name__}: {str(error).splitlines()[0][:110]}")
             return None
@@ -152,6 +157,7 @@ def one_norm(bench: Bench, shape: tuple[int, ...], layout: torch.memory_format, 
     forward = {n: partial(f, x, weight, bias, 32, 1e-5, scale, shift) for n, f in ways.items()}
     with torch.no_grad():
         compared(bench, name, forward, 2 * size, bench.bandwidth)
+        compared(bench, name, {"a copy of x": lambda: dy.copy_(x)}, 2 * size, bench.bandwidth)
     del forward["CUDA C++"]  # has no gradient
     backward = {n: lambda f=f: torch.autograd.grad(f(), inputs, dy) for n, f in forward.items()}
     compared(bench, f"{name}, with backward", backward, 5 * size, bench.bandwidth)
@@ -240,7 +246,7 @@ def sampling(bench: Bench) -> None:
         calls = {"diffusers compiled": partial(peer, *given), "eager": partial(model, *given)}
         calls |= {"compiled": partial(fast, *given), "CUDA graph": graphed(partial(fast, *given), bench.device)}
         with torch.no_grad():
-            times = {name: bench.attempt(call) for name, call in calls.items()}
+            times = {name: bench.attempt(call, whole=True) for name, call in calls.items()}
         for name, taken in times.items():
             bench.row(batch, name, *cells(taken, batch, times["diffusers compiled"]))
 
@@ -284,7 +290,7 @@ def training(bench: Bench) -> None:
         run = Run(recipe, pictures(network["image_size"]), None, bench.device, 0)
         if bench.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        taken = bench.attempt(partial(run.advance, None))
+        taken = bench.attempt(partial(run.advance, None), whole=True)
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if bench.device == "cuda" else ""
         bench.row(recipe.batch, "off" if mode == "0" else "on", *cells(taken, recipe.batch, None)[:2], memory)
         del run
@@ -298,35 +304,47 @@ def pictures(size: int) -> Data:
     return Data("noise", images, labels, images[:2], labels[:2], sigma_data=0.5, num_classes=1000)
 
 
-def main(small: bool = False, output: Path | None = None) -> None:
+def heading(kind: str, title: str, small: bool, output: Path | None) -> tuple[Bench, Path]:
+    """A bench with the first lines of its file (card, date, versions, limits), and where that goes."""
+    warnings.filterwarnings("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    card = torch.cuda.get_device_name() if device == "cuda" else "CPU, dry run"
+    here = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here)
+    bench = Bench(device, small)
+    bench.lines = [
+        f"# {title} on: {card}", "",
+        f"{datetime.date.today()}, torch {torch.__version__}, Triton {getattr(dispatch.triton, '__version__', 'missing')}, "
+        f"commit {commit.stdout.strip() or 'unknown'}; "
+        f"copy {bench.bandwidth / 1e9:.0f} GB/s, bfloat16 matrix product {bench.rate / 1e12:.2f} Tflop/s. "
+        f"`python benchmarks/{kind.lower()}.py`",
+    ]  # fmt: skip
+    print(bench.lines[-1])
+    if device == "cpu":
+        print("There is no GPU here: this is a dry run, whose times and shares mean nothing.")
+    dry = Path("runs") / f"{kind}-dry-run.md"
+    path = output or (dry if device == "cpu" else Path(__file__).with_name(f"{kind}-{card.replace(' ', '-')}.md"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return bench, path
+
+
+Part = Literal["norm", "attention", "step", "sampling", "training"]
+PARTS = dict(norm=group_norm_silu, attention=jvp_attention, step=fused_step, sampling=sampling, training=training)
+
+
+def main(small: bool = False, output: Path | None = None, parts: tuple[Part, ...] = get_args(Part)) -> None:
     """Runs everything there is a device for, prints the table and writes it.
 
     Args:
         small: Tiny sizes, to see that it runs.
         output: The file to write, instead of benchmarks/KERNELS-<card>.md (of a dry run: runs/KERNELS-dry-run.md).
+        parts: Which tables.
     """
-    warnings.filterwarnings("ignore")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    card = torch.cuda.get_device_name() if device == "cuda" else "CPU, dry run"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    bench = Bench(device, small)
-    bench.lines = [
-        f"# Kernels on: {card}", "",
-        f"{datetime.date.today()}, torch {torch.__version__}, commit {commit.stdout.strip() or 'unknown'}; "
-        f"copy {bench.bandwidth / 1e9:.0f} GB/s, bfloat16 matrix product {bench.rate / 1e12:.2f} Tflop/s. "
-        "`python benchmarks/kernels.py`",
-    ]  # fmt: skip
-    print(bench.lines[-1])
-    if device == "cpu":
-        print("There is no GPU here: this is a dry run, whose times and shares mean nothing.")
-    dry = Path("runs") / "KERNELS-dry-run.md"
-    path = output or (dry if device == "cpu" else Path(__file__).with_name(f"KERNELS-{card.replace(' ', '-')}.md"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for part in (group_norm_silu, jvp_attention, fused_step, sampling, training):
+    bench, path = heading("KERNELS", "Kernels", small, output)
+    torch._dynamo.config.recompile_limit = 64  # a shape each; beyond the limit torch.compile quietly runs eagerly
+    for part in parts:
         torch._dynamo.reset()
-        part(bench)
+        PARTS[part](bench)
         path.write_text("\n".join(bench.lines) + "\n", encoding="utf-8")  # what is measured is kept
     print(f"written to {path}")
 

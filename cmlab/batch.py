@@ -321,7 +321,7 @@ def usable_folder(folder: Path, needed_mb: int = NEEDED_MB) -> Path:
     """
     try:
         place = folder.absolute()
-        there = next(place for place in (place, *place.parents) if place.exists())
+        there = next(p for p in (place, *place.parents) if p.exists())
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(bytes(1 << 16))
             probe.flush()

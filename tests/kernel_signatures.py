@@ -13,7 +13,10 @@ HEADS = torch.empty(1, 1, 1, 64, dtype={"fp32": torch.float32, "fp16": torch.flo
 FORWARD, BACKWARD = jvp._blocks(HEADS, *jvp.FORWARD), jvp._blocks(HEADS, *jvp.BACKWARD)
 NUMBERS = ["i32", "i32", "fp32", "fp32"]
 SIGNATURES = [
-    (norm._whole_group, [X, X, F, X, X, X, X, "i32", "i32", "i32", "fp32"], dict(ADAPTIVE=True, BLOCK=8192, BLOCK_C=8)),
+    (
+        norm._by_groups, [X, X, F, X, X, X, X, *["i32"] * 7, "fp32"],
+        dict(ADAPTIVE=True, GROUPS=4, BLOCK_C=32, BLOCK_P=256, STAGES=3),
+    ),
     (norm._moments, [X, F, *STRIDES, "i32"], TILE),
     (norm._fold_moments, [F, F, X, X, X, X, *["i32"] * 5, "fp32"], dict(ADAPTIVE=True, BLOCK_S=4, BLOCK_C=8)),
     (norm._apply, [X, X, F, *STRIDES], TILE),

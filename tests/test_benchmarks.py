@@ -34,6 +34,15 @@ def test_the_kernels_benchmark_runs_dry_where_there_is_no_gpu(tmp_path):
     assert "CUDA C++ | not run" in text and "CUDA graph | not run" in text
 
 
+def test_the_block_sizes_benchmark_runs_dry_where_there_is_no_gpu(tmp_path):
+    """With the interpreter in the place of a GPU: every kernel whose sizes are chosen is called as the launchers call it."""
+    script, table = Path(__file__).parents[1] / "benchmarks" / "blocks.py", tmp_path / "table.md"
+    done = subprocess.run([sys.executable, script, "--small", "--output", table], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"^\| (.+) \| (.+) \| \d+\.\d µs \| \d+% \|$", table.read_text(), re.M)
+    assert len([way for _, way in rows if "stages" in way]) == 2 + 3 and "not run" not in done.stdout
+
+
 def test_the_speed_benchmark_agrees_with_losses_written_out(tmp_path):
     """Its ratios are for who reads them; what must hold is that both sides train the same: the script asserts that of each objective."""
     script, table = Path(__file__).parents[1] / "benchmarks" / "speed.py", tmp_path / "table.md"

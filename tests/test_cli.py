@@ -250,6 +250,15 @@ def test_recipes_are_listed(capsys):
     assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == list(RECIPES)
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    code = "import sys; from cmlab.cli import main; sys.exit(main())"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code, "recipes"], **pipes) as process:
+        process.stdout.close()  # as `| head` does, before anything is written
+        assert process.stderr.read() == "cmlab: who read the output has gone\n"
+    assert process.returncode == 1
+
+
 def test_doctor_finds_this_environment_ready(capsys):
     code, out, _ = outcome(capsys, "doctor")
     assert code == 0 and "ready: start with cmlab tour" in out and "BROKEN" not in out

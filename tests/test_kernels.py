@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,12 +100,38 @@ def test_group_norm_silu_and_its_gradients_are_those_of_float64(by, shape, last,
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
 def test_a_group_that_no_program_can_hold_is_split(interpreted, monkeypatch, last):
-    monkeypatch.setattr(norm, "IN_REGISTERS", 0)
+    monkeypatch.setattr(norm, "_groups_at_once", lambda *_: 0)
     monkeypatch.setattr(norm, "PROGRAMS", 64)
     inputs, towards = norm_case((2, 4, 50, 50), torch.float32, last, True)
     got = results(lambda *a: by_function(*a, groups=2), inputs, towards, torch.float32)
     right = results(lambda *a: by_reference(*a, groups=2), inputs, towards, torch.float64)
     assert norm._Tiles(inputs[0]).splits > 1
+    assert all(off(a, b) < 2e-6 for a, b in zip(got, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "last", "at_once"),
+    [
+        ((16, 192, 64, 64), False, 1),
+        ((16, 192, 64, 64), True, 4),  # 128 programs, 48 bytes side by side
+        ((64, 192, 64, 64), True, 16),
+        ((1, 192, 64, 64), False, 0),  # 32 programs do not fill a GPU
+        ((8, 192, 64, 64), True, 0),  # 24 bytes are less than memory gives at once
+        ((1, 768, 8, 8), True, 1),  # so small that one launch is what counts
+        ((16, 6400, 8, 8), False, 0),  # no tile holds a group's 200 channels
+    ],
+)
+def test_programs_take_as_many_groups_as_leave_a_gpu_filled(shape, last, at_once):
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    assert norm._groups_at_once(x.to(memory_format=torch.channels_last) if last else x, 32) == at_once
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
+def test_a_program_may_take_several_groups_and_several_tiles(interpreted, monkeypatch, last):
+    monkeypatch.setattr(norm, "_groups_at_once", lambda *_: 4)
+    inputs, towards = norm_case((2, 36, 21, 20), torch.float32, last, True)  # 12 groups of 3 channels
+    got = results(lambda *a: by_function(*a, groups=12), inputs, towards, torch.float32)
+    right = results(lambda *a: by_reference(*a, groups=12), inputs, towards, torch.float64)
     assert all(off(a, b) < 2e-6 for a, b in zip(got, right, strict=True))
 
 
@@ -128,8 +156,8 @@ def test_group_norm_silu_takes_every_shape(batch, each, groups, height, width, l
 
 def test_a_mean_far_from_zero_costs_no_accuracy(interpreted, monkeypatch):
     """Sums of squares would lose everything at a mean of 1000 deviations."""
-    for held in (norm.IN_REGISTERS, 0):
-        monkeypatch.setattr(norm, "IN_REGISTERS", held)
+    for at_once in (1, 0):
+        monkeypatch.setattr(norm, "_groups_at_once", lambda *_, at_once=at_once: at_once)
         inputs, _ = norm_case((1, 4, 16, 16), torch.float32, False, False, mean=2000.0)
         right = by_reference(*(None if x is None else x.double() for x in inputs), groups=2)
         assert off(by_function(*inputs, groups=2), right) < 1e-4
@@ -372,6 +400,23 @@ def test_an_unknown_mode_is_refused(monkeypatch):
     monkeypatch.setenv("CMLAB_KERNELS", "off")
     with pytest.raises(ValueError, match="unknown CMLAB_KERNELS 'off'"):
         kernels.group_norm_silu(torch.ones(1, 2, 3, 3), torch.ones(2), torch.ones(2), groups=2)
+
+
+@pytest.mark.parametrize(("interpreted_by_triton", "launched"), [(True, False), (False, True)])
+def test_where_triton_interprets_a_gpu_keeps_to_pytorch(monkeypatch, interpreted_by_triton, launched):
+    """Else a test run on a machine with a GPU would send every picture through the interpreter."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", interpreted_by_triton)
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
+    assert dispatch.enabled(on_gpu) is launched
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernels_are_right_on_a_gpu():
+    """In a process of its own, whose Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CMLAB_KERNELS")}
+    script = Path(__file__).with_name("kernels_on_gpu.py")
+    run = subprocess.run([sys.executable, "-W", "ignore", script], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
 
 
 COMPILING = """

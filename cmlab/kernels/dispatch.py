@@ -42,12 +42,20 @@ def enabled(*tensors: Tensor) -> bool:
     first = tensors[0]
     if mode() == "0" or triton is None or any(t.device != first.device or t.dtype not in DTYPES for t in tensors):
         return False
-    return first.is_cuda or interpreting(first)
+    return launching(first)
 
 
 def forward_mode() -> bool:
     """Whether derivatives are being carried along (torch.func.jvp, forward_ad): PyTorch's own operations know how, a kernel does not."""
     return forward_ad._current_level >= 0
+
+
+def launching(x: Tensor) -> bool:
+    """Whether a Triton kernel is what runs for a tensor: on a GPU, or interpreted on a CPU if that is asked for.
+
+    Where Triton interprets, it does so for a GPU's tensors too, thousands of times slower: they keep to PyTorch's operations.
+    """
+    return interpreting(x) or (x.is_cuda and not INTERPRETED)
 
 
 def interpreting(x: Tensor) -> bool:

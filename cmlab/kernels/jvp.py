@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cmlab.checks import floating, same_shape
-from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, tl, triton
+from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, launching, tl, triton
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, its tangent, and of each query log(sum(exp(scores))) and mu: (B, heads, tokens) float32."""
     given = (q, k, v, tangent_q, tangent_k, tangent_v)
-    if q.is_cuda or interpreting(q):
+    if launching(q):
         with torch.cuda.device_of(q):
             out, tangent, *rows = _launch_forward(*_laid_out(*given))
         return out.to(q.dtype), tangent.to(q.dtype), *rows
@@ -107,7 +107,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of the six inputs. With G = d_out and H = d_tangent: a = H . out and e = G . out + H . tangent - mu a, by query."""
     given = (q, k, v, tangent_q, tangent_k, tangent_v, d_out, d_tangent)
-    if q.is_cuda or interpreting(q):
+    if launching(q):
         with torch.cuda.device_of(q):
             return tuple(x.to(q.dtype) for x in _launch_backward(*_laid_out(*given), total, mu, a, e))
     q, k, v, tq, tk, tv, g, h = (x.float() for x in given)
@@ -148,7 +148,8 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 LOG2E = math.log2(math.e)  # powers of two are one instruction
-FORWARD, BACKWARD = (64, 64), (64, 32)  # tokens that stay with a program, tokens that pass by
+# Tokens that stay with a program, and that pass by. On an H100 the fastest forward and for keys, or nearly (benchmarks/blocks.py).
+FORWARD, BACKWARD = (64, 64), (64, 32)
 
 
 def _laid_out(*given: Tensor) -> tuple[Tensor, ...]:

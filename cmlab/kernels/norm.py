@@ -4,8 +4,8 @@ With x of n elements, s bytes each, eager PyTorch reads and writes whole tensors
 result), for the scale and the shift (2 reads, 2 writes) and for SiLU (1 read, 1 write): 9 n s bytes. What has to move is 2 n s: one read,
 one write. The kernels come to
 
-    forward, a group fits the registers      2 n s    (one program a group: contiguous pictures of up to 64 x 64 at 256 channels)
-    forward, otherwise                       3 n s    (statistics, then the result)
+    forward, some whole groups a program     2 n s    (and n s from a cache: enough images, or small ones)
+    forward, a group split among programs    3 n s    (statistics, then the result)
     backward                                 5 n s    (x and dy twice, dx once)
 
 and about 10 (forward) and 20 (backward) operations an element: some two operations a byte in half precision, where an H100, without
@@ -17,15 +17,19 @@ scale and shift alike. Both memory formats are the same code: a tile of channels
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cmlab.checks import same_shape, whole
-from cmlab.kernels.dispatch import enabled, forward_mode, interpreting, jit, tl, triton
+from cmlab.kernels.dispatch import enabled, forward_mode, jit, launching, tl, triton
 
-IN_REGISTERS = 32_768  # elements of a group that one program keeps
-PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer, pixels are split among programs
+FILLED = (
+    128  # programs that keep a GPU busy, one for each multiprocessor of an H100 or so: with fewer, groups are split
+)
+PROGRAMS = 528  # what they are split into: with 128 threads each, some 2 MB on their way, an H100's bandwidth times its latency
 
 
 def group_norm_silu(
@@ -81,7 +85,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y, and (4, B, C) for the backward pass: mean, 1 / deviation, and slope and offset of h = slope (x - mean) + offset, y = silu(h)."""
-    if x.is_cuda or interpreting(x):
+    if launching(x):
         with torch.cuda.device_of(x):
             return _launch_forward(_dense(x), weight, bias, scale, shift, groups, eps)
     coefficients = _coefficients(x, weight, bias, scale, shift, groups, eps)
@@ -97,7 +101,7 @@ def _(x, weight, bias, scale, shift, groups, eps):
 @torch.library.custom_op("cmlab::group_norm_silu_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, coefficients: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """dx, and of each channel the sums over pixels of dh and of dh times the normalised x, h being SiLU's argument: (2, B, C)."""
-    if x.is_cuda or interpreting(x):
+    if launching(x):
         with torch.cuda.device_of(x):
             return _launch_backward(_like(dy, x), _dense(x), coefficients, groups)
     mean, rstd, slope, offset = (_beside(v, x) for v in coefficients)
@@ -178,7 +182,7 @@ class _Tiles:
         last = _channels_last(x)
         self.strides = (x.stride(0), 1, self.channels) if last else (x.stride(0), self.pixels, 1)
         self.block_c = min(64, triton.next_power_of_2(self.channels)) if last else 1
-        self.block_p = max(1, min(1024, triton.next_power_of_2(self.pixels)) // self.block_c)
+        self.block_p = min(triton.next_power_of_2(self.pixels), (2048 if last else 1024) // self.block_c)
         self.rows = self.batch * triton.cdiv(self.channels, self.block_c)
         wanted = max(1, PROGRAMS // self.rows)
         self.splits = min(wanted, triton.cdiv(self.pixels, self.block_p), 64)
@@ -194,30 +198,49 @@ class _Tiles:
         return dict(BLOCK_C=self.block_c, BLOCK_P=self.block_p)
 
 
+def _groups_at_once(x: Tensor, groups: int) -> int:
+    """How many whole groups one program takes, so that the GPU is filled; 0 where it would not be, or memory would be read in crumbs."""
+    each = x.shape[1] // groups
+    fitting = [n for n in (16, 8, 4, 2, 1) if n * each <= 128 and (n == 1 or _channels_last(x))]
+    filling = [n for n in fitting if len(x) * triton.cdiv(groups, n) >= FILLED]
+    if filling:
+        whole_sectors = not _channels_last(x) or filling[0] * each * x.element_size() >= 32
+        return filling[0] if whole_sectors else 0
+    return 1 if fitting and each * x[0, 0].numel() <= 8192 else 0
+
+
 def _launch_forward(x, weight, bias, scale, shift, groups, eps) -> tuple[Tensor, Tensor]:
-    tiles, y = _Tiles(x), torch.empty_like(x)
-    coefficients = x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
-    each = tiles.channels // groups
+    y, coefficients = torch.empty_like(x), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
     adaptive, flags = (scale, shift) if scale is not None else (weight, bias), dict(ADAPTIVE=scale is not None)
-    weight, bias, *adaptive = (t.contiguous() for t in (weight, bias, *adaptive))
-    grid = (tiles.batch * groups,)
-    if not _channels_last(x) and each * tiles.pixels <= IN_REGISTERS:
-        size = triton.next_power_of_2(each * tiles.pixels)
-        _whole_group[grid](
-            x, y, coefficients, weight, bias, *adaptive, groups, each, tiles.pixels, eps,
-            **flags, BLOCK=size, BLOCK_C=triton.next_power_of_2(each), num_warps=max(4, min(16, size // 1024)),
-        )  # fmt: skip
-        return y, coefficients
+    given = [coefficients, *(t.contiguous() for t in (weight, bias, *adaptive))]
+    at_once = _groups_at_once(x, groups)
+    launch = partial(_launch_whole, at_once=at_once) if at_once else _launch_split
+    launch(x, y, given, groups, eps, flags)
+    return y, coefficients
+
+
+def _launch_whole(x, y, given, groups, eps, flags, at_once) -> None:
+    """Sizes of tiles: the fastest of a sweep on an H100 (benchmarks/blocks.py)."""
+    tiles, each, last = _Tiles(x), x.shape[1] // groups, _channels_last(x)
+    block_c = triton.next_power_of_2(at_once * each)
+    block_p = min(triton.next_power_of_2(tiles.pixels), max(128, (8192 if last else 4096) // block_c))
+    _by_groups[(tiles.batch * triton.cdiv(groups, at_once),)](
+        x, y, *given, tiles.batch, groups, each, tiles.pixels, *tiles.strides, eps, **flags, GROUPS=at_once,
+        BLOCK_C=block_c, BLOCK_P=block_p, STAGES=3 if last else 1, num_warps=min(16, max(1, block_c * block_p // 512)),
+    )  # fmt: skip
+
+
+def _launch_split(x, y, given, groups, eps, flags) -> None:
+    """Moments of channels and chunks of pixels, joined, applied."""
+    tiles, each, coefficients = _Tiles(x), x.shape[1] // groups, given[0]
     parts = x.new_empty((2, tiles.splits, *x.shape[:2]), dtype=torch.float32)
     _moments[(tiles.rows, tiles.splits)](x, parts, tiles.batch, *tiles.sizes, tiles.chunk, **tiles.blocks)
-    _fold_moments[grid](
-        parts, coefficients, weight, bias, *adaptive, groups, each, tiles.pixels, tiles.splits, tiles.chunk, eps,
+    _fold_moments[(tiles.batch * groups,)](
+        parts, *given, groups, each, tiles.pixels, tiles.splits, tiles.chunk, eps,
         **flags, BLOCK_S=triton.next_power_of_2(tiles.splits), BLOCK_C=triton.next_power_of_2(each),
     )  # fmt: skip
-    _apply[(triton.cdiv(tiles.pixels, tiles.block_p) * tiles.rows,)](
-        x, y, coefficients, tiles.batch, *tiles.sizes, **tiles.blocks
-    )
-    return y, coefficients
+    grid = (triton.cdiv(tiles.pixels, tiles.block_p) * tiles.rows,)
+    _apply[grid](x, y, coefficients, tiles.batch, *tiles.sizes, **tiles.blocks)
 
 
 def _launch_backward(dy, x, coefficients, groups) -> tuple[Tensor, Tensor]:
@@ -281,29 +304,40 @@ def _store_coefficients(
 
 
 @jit
-def _whole_group(
-    x, y, coefficients, weight, bias, scale, shift, G, each, P, eps,
-    ADAPTIVE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+def _by_groups(
+    x, y, coefficients, weight, bias, scale, shift, B, G, each, P, stride_b, stride_c, stride_p, eps,
+    ADAPTIVE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program a group, which stays in registers between its statistics and its result: x is read once."""
-    group, size, C = tl.program_id(0), each * P, G * each
-    image, first = group // G, (group % G) * each
-    inside = tl.arange(0, BLOCK)
-    known = inside < size
-    start = group.to(tl.int64) * size
-    v = tl.load(x + start + inside, mask=known, other=0).to(tl.float32)
-    mean = tl.sum(v) / size
-    centred = tl.where(known, v - mean, 0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred) / size + eps)
-    channel = first + inside // P
-    slope, offset = _line(weight, bias, scale, shift, image * C, channel, known, ADAPTIVE)
-    h = centred * (rstd * slope) + offset
-    tl.store(y + start + inside, h * tl.sigmoid(h), mask=known)
-    own = tl.arange(0, BLOCK_C)
-    batch = tl.num_programs(0) // G
-    _store_coefficients(
-        coefficients, weight, bias, scale, shift, mean, rstd, image, first + own, own < each, batch, C, ADAPTIVE
-    )
+    """One program GROUPS groups of an image. It reads them twice, the second time from a cache: that asks it to keep them there."""
+    across, own = tl.cdiv(G, GROUPS), tl.arange(0, BLOCK_C)
+    image, C = tl.program_id(0) // across, G * each
+    channel = tl.program_id(0) % across * GROUPS * each + own
+    real = (own < GROUPS * each) & (channel < C)
+    rows = x + image.to(tl.int64) * stride_b + channel * stride_c
+    centre = tl.load(rows, mask=real, other=0).to(tl.float32)  # near the mean: squares stay small
+    one, two = tl.zeros((BLOCK_C, BLOCK_P), tl.float32), tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for at in tl.range(0, P, BLOCK_P, num_stages=STAGES):
+        pixel = at + tl.arange(0, BLOCK_P)
+        known = real[:, None] & (pixel < P)[None, :]
+        v = tl.load(rows[:, None] + (pixel * stride_p)[None, :], mask=known, other=0, eviction_policy="evict_last")
+        v = tl.where(known, v.to(tl.float32) - centre[:, None], 0)
+        one += v
+        two += v * v
+    one = tl.sum(one, 1) / P
+    squares, means = tl.sum(two, 1) - P * one * one, centre + one
+    same = (own[:, None] // each == own[None, :] // each) & real[None, :]  # channels of one group
+    mean = tl.sum(tl.where(same, means[None, :], 0), 1) / each
+    squares += P * (means - mean) * (means - mean)
+    rstd = 1 / tl.sqrt(tl.sum(tl.where(same, squares[None, :], 0), 1) / (each * P) + eps)
+    _store_coefficients(coefficients, weight, bias, scale, shift, mean, rstd, image, channel, real, B, C, ADAPTIVE)
+    slope, offset = _line(weight, bias, scale, shift, image * C, channel, real, ADAPTIVE)
+    for at in tl.range(0, P, BLOCK_P, num_stages=STAGES):
+        pixel = at + tl.arange(0, BLOCK_P)
+        known = real[:, None] & (pixel < P)[None, :]
+        spot = image.to(tl.int64) * stride_b + (channel * stride_c)[:, None] + (pixel * stride_p)[None, :]
+        v = tl.load(x + spot, mask=known, other=0, eviction_policy="evict_first").to(tl.float32)
+        h = (slope * rstd)[:, None] * (v - mean[:, None]) + offset[:, None]
+        tl.store(y + spot, h * tl.sigmoid(h), mask=known, eviction_policy="evict_first")
 
 
 @jit

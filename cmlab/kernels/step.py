@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cmlab.checks import floating, same_shape, whole
-from cmlab.kernels.dispatch import enabled, interpreting, jit, tl, triton
+from cmlab.kernels.dispatch import enabled, jit, launching, tl, triton
 
 ROUND_A, ROUND_B, KEY_A, KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85  # Salmon et al. (2011), sec. 3.3
 WORD = 0xFFFFFFFF
@@ -128,7 +128,7 @@ def _step(
     x: Tensor, output: Tensor, coefficients: Tensor, seeds: Tensor | None, draw: int, clip_denoised: bool
 ) -> Tensor:
     """As fused_step, with c_skip, c_out, keep and add (4, B)."""
-    if not (x.is_cuda or interpreting(x)):
+    if not launching(x):
         return reference(x, output, coefficients, seeds, draw, clip_denoised).contiguous()
     x, output, result = x.contiguous(), output.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     size = x[0].numel()
