@@ -3,7 +3,7 @@
     python benchmarks/blocks.py                   # on a GPU: some 5 minutes, nearly all compiling; writes benchmarks/BLOCKS-<card>.md
     python benchmarks/blocks.py --small           # a dry run at tiny sizes; on a CPU with TRITON_INTERPRET=1
 
-What cmlab.kernels uses (norm.py: _launch_whole; jvp.py: FORWARD, BACKWARD) was chosen from these tables.
+What cmlab.kernels uses is in tiles.py, sizes, and in jvp.py, FORWARD and BACKWARD.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import tyro
 from kernels import Bench, heading, normal
 
-from cmlab.kernels import dispatch, jvp, norm
+from cmlab.kernels import dispatch, jvp, norm, tiles
 
 
 def swept(bench: Bench, what: str, candidates: dict[str, Callable], work: float, limit: float) -> None:
@@ -28,6 +28,15 @@ def swept(bench: Bench, what: str, candidates: dict[str, Callable], work: float,
         bench.row(what, name, f"{1e6 * taken:.1f} µs", f"{work / taken / limit:.0%}")
 
 
+def copying(bench: Bench) -> None:
+    """What any share is to be read beside: a copy of few bytes does not reach the bandwidth either."""
+    bench.table("copying", ["bytes", "time", "of the copy bandwidth"])
+    for size in (1,) if bench.small else (8, 24, 48, 96, 192):
+        x = normal(bench, size << 19)
+        taken = bench.time(partial(torch.empty_like(x).copy_, x))
+        bench.row(f"{size} MiB", f"{1e6 * taken:.1f} µs", f"{2 * (size << 20) / taken / bench.bandwidth:.0%}")
+
+
 def norms(bench: Bench) -> None:
     bench.table("group_norm_silu, whole groups, bfloat16", ["shape", "candidate", "time", "of copy bandwidth"])
     large = [(16, 192, 64, 64), (64, 192, 64, 64), (16, 384, 32, 32)]
@@ -35,26 +44,25 @@ def norms(bench: Bench) -> None:
         for layout in (torch.contiguous_format, torch.channels_last):
             x, last = normal(bench, *shape).to(memory_format=layout), layout == torch.channels_last
             name = f"{shape}{' channels last' if last else ''}"
-            work = 2 * x.numel() * x.element_size()
-            swept(bench, f"{name}", {"a copy of x": partial(torch.empty_like(x).copy_, x)}, work, bench.bandwidth)
-            swept(bench, name, norm_candidates(bench, x, last), work, bench.bandwidth)
+            swept(bench, name, norm_candidates(bench, x, last), 2 * x.numel() * x.element_size(), bench.bandwidth)
 
 
 def norm_candidates(bench: Bench, x: torch.Tensor, last: bool) -> dict[str, Callable]:
-    """Calls of the kernel over groups a program, elements a tile, warps and stages."""
-    (batch, channels), y = x.shape[:2], torch.empty_like(x)
-    each, tiles, coefficients = channels // 32, norm._Tiles(x), torch.empty(4, batch, channels, device=x.device)
-    vectors = [normal(bench, channels) for _ in range(2)] + [normal(bench, batch, channels) for _ in range(2)]
+    """Calls of the kernel over groups a program, elements a tile, warps and stages; what cmlab uses is among them."""
+    batch, channels = x.shape[:2]
+    given = [torch.empty(4, batch, channels, device=x.device), *(normal(bench, channels) for _ in range(2))]
+    given += [normal(bench, batch, channels) for _ in range(2)]
     options = ((4, 8, 16) if last else (1,), (4096, 8192, 16384), (8, 16), (1, 3))
     found = {}
     for groups, tile, warps, stages in [(1, 32, 1, 1)] if bench.small else itertools.product(*options):
-        block_c = dispatch.triton.next_power_of_2(groups * each)
-        block_p = min(max(1, tile // block_c), dispatch.triton.next_power_of_2(tiles.pixels))
-        found[f"{groups} groups, tile {block_c} x {block_p}, {warps} warps, {stages} stages"] = partial(
-            norm._by_groups[(batch * dispatch.triton.cdiv(32, groups),)],
-            x, y, coefficients, *vectors, batch, 32, each, tiles.pixels, *tiles.strides, 1e-5,
-            ADAPTIVE=True, GROUPS=groups, BLOCK_C=block_c, BLOCK_P=block_p, STAGES=stages, num_warps=warps,
-        )  # fmt: skip
+        block_c = dispatch.triton.next_power_of_2(groups * channels // 32)
+        block_p = min(tile // block_c, dispatch.triton.next_power_of_2(x[0, 0].numel()))
+        sizes = dict(GROUPS=groups, BLOCK_C=block_c, BLOCK_P=block_p, STAGES=stages, num_warps=warps)
+        name = f"{groups} groups, tile {block_c} x {block_p}, {warps} warps, {stages} stages"
+        used = sizes == tiles.sizes(x, 32, tiles.groups_at_once(x, 32) or 1)
+        constants = dict(ADAPTIVE=True) | sizes
+        call = partial(norm._launch_whole, x, torch.empty_like(x), given, 32, 1e-5, constants)
+        found[name + ", in use" if used else name] = call
     return found
 
 
@@ -93,7 +101,7 @@ def main(small: bool = False, output: Path | None = None) -> None:
         output: The file to write, instead of benchmarks/BLOCKS-<card>.md (of a dry run: runs/BLOCKS-dry-run.md).
     """
     bench, path = heading("BLOCKS", "Block sizes", small, output)
-    for part in (norms, attention):
+    for part in (copying, norms, attention):
         part(bench)
         path.write_text("\n".join(bench.lines) + "\n", encoding="utf-8")  # what is measured is kept
     print(f"written to {path}")

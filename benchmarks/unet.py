@@ -72,7 +72,7 @@ def seconds(call: Callable, device: str) -> float:
     return time.perf_counter() - begun
 
 
-def matmul_rate(dtype: torch.dtype, device: str, size: int = 2048, rounds: int = 5) -> float:
+def matmul_rate(dtype: torch.dtype, device: str, size: int, rounds: int = 5) -> float:
     """Operations a second of a square matrix product: the best of some."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(rounds))
@@ -95,7 +95,9 @@ def main(batch: int = 4, rounds: int = 3, compile: bool = False, small: bool = F
                 for key, call in calls.items():
                     times[key].append(seconds(call, device))
         apart = max(float((out - outputs[0]).abs().max() / outputs[0].std()) for out in outputs)
-        report(str(dtype).removeprefix("torch."), times, apart, flops, matmul_rate(dtype, device))
+        report(
+            str(dtype).removeprefix("torch."), times, apart, flops, matmul_rate(dtype, device, 256 if small else 2048)
+        )
 
 
 def report(dtype: str, times: dict, apart: float, flops: float, rate: float) -> None:

@@ -15,7 +15,7 @@ NUMBERS = ["i32", "i32", "fp32", "fp32"]
 SIGNATURES = [
     (
         norm._by_groups, [X, X, F, X, X, X, X, *["i32"] * 7, "fp32"],
-        dict(ADAPTIVE=True, GROUPS=4, BLOCK_C=32, BLOCK_P=256, STAGES=3),
+        dict(ADAPTIVE=True, GROUPS=16, BLOCK_C=128, BLOCK_P=128, STAGES=1 if KIND == "fp32" else 3),
     ),
     (norm._moments, [X, F, *STRIDES, "i32"], TILE),
     (norm._fold_moments, [F, F, X, X, X, X, *["i32"] * 5, "fp32"], dict(ADAPTIVE=True, BLOCK_S=4, BLOCK_C=8)),

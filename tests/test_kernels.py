@@ -15,7 +15,7 @@ from scipy import stats
 from toys import draws
 
 from cmlab import kernels
-from cmlab.kernels import dispatch, jvp, norm, step
+from cmlab.kernels import dispatch, jvp, norm, step, tiles
 from cmlab.models.unet import ResBlock, UNet
 from cmlab.scaling import ConsistencyModel, Denoiser
 
@@ -100,12 +100,12 @@ def test_group_norm_silu_and_its_gradients_are_those_of_float64(by, shape, last,
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
 def test_a_group_that_no_program_can_hold_is_split(interpreted, monkeypatch, last):
-    monkeypatch.setattr(norm, "_groups_at_once", lambda *_: 0)
-    monkeypatch.setattr(norm, "PROGRAMS", 64)
+    monkeypatch.setattr(norm, "groups_at_once", lambda *_: 0)
+    monkeypatch.setattr(tiles, "PROGRAMS", 64)
     inputs, towards = norm_case((2, 4, 50, 50), torch.float32, last, True)
     got = results(lambda *a: by_function(*a, groups=2), inputs, towards, torch.float32)
     right = results(lambda *a: by_reference(*a, groups=2), inputs, towards, torch.float64)
-    assert norm._Tiles(inputs[0]).splits > 1
+    assert tiles.Tiles(inputs[0]).splits > 1
     assert all(off(a, b) < 2e-6 for a, b in zip(got, right, strict=True))
 
 
@@ -118,20 +118,24 @@ def test_a_group_that_no_program_can_hold_is_split(interpreted, monkeypatch, las
         ((1, 192, 64, 64), False, 0),  # 32 programs do not fill a GPU
         ((8, 192, 64, 64), True, 0),  # 24 bytes are less than memory gives at once
         ((1, 768, 8, 8), True, 1),  # so small that one launch is what counts
+        ((4, 128, 32, 32), True, 1),  # likewise, in crumbs or not
+        ((64, 64, 64, 64), True, 16),
         ((16, 6400, 8, 8), False, 0),  # no tile holds a group's 200 channels
     ],
 )
 def test_programs_take_as_many_groups_as_leave_a_gpu_filled(shape, last, at_once):
     x = torch.empty(shape, dtype=torch.bfloat16)
-    assert norm._groups_at_once(x.to(memory_format=torch.channels_last) if last else x, 32) == at_once
+    assert tiles.groups_at_once(x.to(memory_format=torch.channels_last) if last else x, 32) == at_once
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels-last"])
 def test_a_program_may_take_several_groups_and_several_tiles(interpreted, monkeypatch, last):
-    monkeypatch.setattr(norm, "_groups_at_once", lambda *_: 4)
-    inputs, towards = norm_case((2, 36, 21, 20), torch.float32, last, True)  # 12 groups of 3 channels
-    got = results(lambda *a: by_function(*a, groups=12), inputs, towards, torch.float32)
-    right = results(lambda *a: by_reference(*a, groups=12), inputs, towards, torch.float64)
+    monkeypatch.setattr(norm, "groups_at_once", lambda *_: 4)
+    inputs, towards = norm_case((2, 30, 33, 32), torch.float32, last, True)  # 10 groups: two for the last program
+    sizes = tiles.sizes(inputs[0], 10, 4)
+    assert sizes["BLOCK_P"] < 33 * 32 and sizes["BLOCK_C"] == 16
+    got = results(lambda *a: by_function(*a, groups=10), inputs, towards, torch.float32)
+    right = results(lambda *a: by_reference(*a, groups=10), inputs, towards, torch.float64)
     assert all(off(a, b) < 2e-6 for a, b in zip(got, right, strict=True))
 
 
@@ -157,7 +161,7 @@ def test_group_norm_silu_takes_every_shape(batch, each, groups, height, width, l
 def test_a_mean_far_from_zero_costs_no_accuracy(interpreted, monkeypatch):
     """Sums of squares would lose everything at a mean of 1000 deviations."""
     for at_once in (1, 0):
-        monkeypatch.setattr(norm, "_groups_at_once", lambda *_, at_once=at_once: at_once)
+        monkeypatch.setattr(norm, "groups_at_once", lambda *_, at_once=at_once: at_once)
         inputs, _ = norm_case((1, 4, 16, 16), torch.float32, False, False, mean=2000.0)
         right = by_reference(*(None if x is None else x.double() for x in inputs), groups=2)
         assert off(by_function(*inputs, groups=2), right) < 1e-4

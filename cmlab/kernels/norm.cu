@@ -1,4 +1,4 @@
-// group_norm_silu in CUDA C++: what _by_groups in norm.py does in Triton, forward only, for contiguous pictures.
+// group_norm_silu in CUDA C++: the result of _by_groups in norm.py by another way, forward only, for contiguous pictures.
 // cmlab.kernels.twin compiles it with nvcc when it is first called, and calls group_norm_silu_launch through its C interface.
 
 #ifdef __CUDACC__

@@ -4,8 +4,8 @@ With x of n elements, s bytes each, eager PyTorch reads and writes whole tensors
 result), for the scale and the shift (2 reads, 2 writes) and for SiLU (1 read, 1 write): 9 n s bytes. What has to move is 2 n s: one read,
 one write. The kernels come to
 
-    forward, some whole groups a program     2 n s    (and n s from a cache: enough images, or small ones)
-    forward, a group split among programs    3 n s    (statistics, then the result)
+    forward, some whole groups a program     2 n s    (and n s from a cache, if the groups being worked on fit there; else 3 n s)
+    forward, a group split among programs    3 n s    (statistics, then the result: few large images)
     backward                                 5 n s    (x and dy twice, dx once)
 
 and about 10 (forward) and 20 (backward) operations an element: some two operations a byte in half precision, where an H100, without
@@ -17,19 +17,13 @@ scale and shift alike. Both memory formats are the same code: a tile of channels
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cmlab.checks import same_shape, whole
 from cmlab.kernels.dispatch import enabled, forward_mode, jit, launching, tl, triton
-
-FILLED = (
-    128  # programs that keep a GPU busy, one for each multiprocessor of an H100 or so: with fewer, groups are split
-)
-PROGRAMS = 528  # what they are split into: with 128 threads each, some 2 MB on their way, an H100's bandwidth times its latency
+from cmlab.kernels.tiles import Tiles, dense, groups_at_once, like, sizes
 
 
 def group_norm_silu(
@@ -87,7 +81,7 @@ def _forward(
     """y, and (4, B, C) for the backward pass: mean, 1 / deviation, and slope and offset of h = slope (x - mean) + offset, y = silu(h)."""
     if launching(x):
         with torch.cuda.device_of(x):
-            return _launch_forward(_dense(x), weight, bias, scale, shift, groups, eps)
+            return _launch_forward(dense(x), weight, bias, scale, shift, groups, eps)
     coefficients = _coefficients(x, weight, bias, scale, shift, groups, eps)
     mean, _, slope, offset = (_beside(v, x) for v in coefficients)
     return F.silu(slope * (x.float() - mean) + offset).to(x.dtype), coefficients
@@ -95,7 +89,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x, weight, bias, scale, shift, groups, eps):
-    return torch.empty_like(_dense(x)), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
+    return torch.empty_like(dense(x)), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
 
 
 @torch.library.custom_op("cmlab::group_norm_silu_backward", mutates_args=())
@@ -103,7 +97,7 @@ def _backward(dy: Tensor, x: Tensor, coefficients: Tensor, groups: int) -> tuple
     """dx, and of each channel the sums over pixels of dh and of dh times the normalised x, h being SiLU's argument: (2, B, C)."""
     if launching(x):
         with torch.cuda.device_of(x):
-            return _launch_backward(_like(dy, x), _dense(x), coefficients, groups)
+            return _launch_backward(like(dy, x), dense(x), coefficients, groups)
     mean, rstd, slope, offset = (_beside(v, x) for v in coefficients)
     normal = (x.float() - mean) * rstd
     dh = dy.float() * _silu_slope(slope * (x.float() - mean) + offset)
@@ -114,7 +108,7 @@ def _backward(dy: Tensor, x: Tensor, coefficients: Tensor, groups: int) -> tuple
 
 @_backward.register_fake
 def _(dy, x, coefficients, groups):
-    return torch.empty_like(_dense(x)), torch.empty_like(coefficients[:2])
+    return torch.empty_like(dense(x)), torch.empty_like(coefficients[:2])
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -158,81 +152,31 @@ def _group_means(sums: Tensor, coefficients: Tensor, x: Tensor, groups: int) -> 
     return means.repeat_interleave(x.shape[1] // groups, dim=2)
 
 
-# --- tensors as tiles of channels by pixels ---------------------------------------------------------------------------
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if _channels_last(x) else x.contiguous()
-
-
-def _like(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.contiguous(memory_format=torch.channels_last) if _channels_last(x) else dy.contiguous()
-
-
-class _Tiles:
-    """How a tensor is cut: strides, tile sizes, and over how many programs the pixels of one channel are split."""
-
-    def __init__(self, x: Tensor):
-        self.batch, self.channels = x.shape[:2]
-        self.pixels = x[0, 0].numel()
-        last = _channels_last(x)
-        self.strides = (x.stride(0), 1, self.channels) if last else (x.stride(0), self.pixels, 1)
-        self.block_c = min(64, triton.next_power_of_2(self.channels)) if last else 1
-        self.block_p = min(triton.next_power_of_2(self.pixels), (2048 if last else 1024) // self.block_c)
-        self.rows = self.batch * triton.cdiv(self.channels, self.block_c)
-        wanted = max(1, PROGRAMS // self.rows)
-        self.splits = min(wanted, triton.cdiv(self.pixels, self.block_p), 64)
-        self.chunk = triton.cdiv(triton.cdiv(self.pixels, self.splits), self.block_p) * self.block_p
-        self.splits = triton.cdiv(self.pixels, self.chunk)
-
-    @property
-    def sizes(self) -> tuple:
-        return self.channels, self.pixels, *self.strides
-
-    @property
-    def blocks(self) -> dict:
-        return dict(BLOCK_C=self.block_c, BLOCK_P=self.block_p)
-
-
-def _groups_at_once(x: Tensor, groups: int) -> int:
-    """How many whole groups one program takes, so that the GPU is filled; 0 where it would not be, or memory would be read in crumbs."""
-    each = x.shape[1] // groups
-    fitting = [n for n in (16, 8, 4, 2, 1) if n * each <= 128 and (n == 1 or _channels_last(x))]
-    filling = [n for n in fitting if len(x) * triton.cdiv(groups, n) >= FILLED]
-    if filling:
-        whole_sectors = not _channels_last(x) or filling[0] * each * x.element_size() >= 32
-        return filling[0] if whole_sectors else 0
-    return 1 if fitting and each * x[0, 0].numel() <= 8192 else 0
+# --- how the kernels are launched --------------------------------------------------------------------------------------
 
 
 def _launch_forward(x, weight, bias, scale, shift, groups, eps) -> tuple[Tensor, Tensor]:
     y, coefficients = torch.empty_like(x), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
     adaptive, flags = (scale, shift) if scale is not None else (weight, bias), dict(ADAPTIVE=scale is not None)
     given = [coefficients, *(t.contiguous() for t in (weight, bias, *adaptive))]
-    at_once = _groups_at_once(x, groups)
-    launch = partial(_launch_whole, at_once=at_once) if at_once else _launch_split
-    launch(x, y, given, groups, eps, flags)
+    at_once = groups_at_once(x, groups)
+    if at_once:
+        _launch_whole(x, y, given, groups, eps, flags | sizes(x, groups, at_once))
+    else:
+        _launch_split(x, y, given, groups, eps, flags)
     return y, coefficients
 
 
-def _launch_whole(x, y, given, groups, eps, flags, at_once) -> None:
-    """Sizes of tiles: the fastest of a sweep on an H100 (benchmarks/blocks.py)."""
-    tiles, each, last = _Tiles(x), x.shape[1] // groups, _channels_last(x)
-    block_c = triton.next_power_of_2(at_once * each)
-    block_p = min(triton.next_power_of_2(tiles.pixels), max(128, (8192 if last else 4096) // block_c))
-    _by_groups[(tiles.batch * triton.cdiv(groups, at_once),)](
-        x, y, *given, tiles.batch, groups, each, tiles.pixels, *tiles.strides, eps, **flags, GROUPS=at_once,
-        BLOCK_C=block_c, BLOCK_P=block_p, STAGES=3 if last else 1, num_warps=min(16, max(1, block_c * block_p // 512)),
-    )  # fmt: skip
+def _launch_whole(x, y, given, groups, eps, constants) -> None:
+    tiles = Tiles(x)
+    grid = (tiles.batch * triton.cdiv(groups, constants["GROUPS"]),)
+    numbers = tiles.batch, groups, tiles.channels // groups, tiles.pixels, *tiles.strides
+    _by_groups[grid](x, y, *given, *numbers, eps, **constants)
 
 
 def _launch_split(x, y, given, groups, eps, flags) -> None:
     """Moments of channels and chunks of pixels, joined, applied."""
-    tiles, each, coefficients = _Tiles(x), x.shape[1] // groups, given[0]
+    tiles, each, coefficients = Tiles(x), x.shape[1] // groups, given[0]
     parts = x.new_empty((2, tiles.splits, *x.shape[:2]), dtype=torch.float32)
     _moments[(tiles.rows, tiles.splits)](x, parts, tiles.batch, *tiles.sizes, tiles.chunk, **tiles.blocks)
     _fold_moments[(tiles.batch * groups,)](
@@ -244,7 +188,7 @@ def _launch_split(x, y, given, groups, eps, flags) -> None:
 
 
 def _launch_backward(dy, x, coefficients, groups) -> tuple[Tensor, Tensor]:
-    tiles, dx = _Tiles(x), torch.empty_like(x)
+    tiles, dx = Tiles(x), torch.empty_like(x)
     parts = x.new_empty((2, tiles.splits, *x.shape[:2]), dtype=torch.float32)
     _sums[(tiles.rows, tiles.splits)](
         x, dy, coefficients, parts, tiles.batch, *tiles.sizes, tiles.chunk, **tiles.blocks
@@ -308,7 +252,7 @@ def _by_groups(
     x, y, coefficients, weight, bias, scale, shift, B, G, each, P, stride_b, stride_c, stride_p, eps,
     ADAPTIVE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program GROUPS groups of an image. It reads them twice, the second time from a cache: that asks it to keep them there."""
+    """One program takes GROUPS groups of an image, and reads them twice: the first time it asks the cache to keep them (evict_last)."""
     across, own = tl.cdiv(G, GROUPS), tl.arange(0, BLOCK_C)
     image, C = tl.program_id(0) // across, G * each
     channel = tl.program_id(0) % across * GROUPS * each + own
