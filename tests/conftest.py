@@ -2,15 +2,16 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from browsing import CHROMIUM, FLAGS, answer
 from reference_code import FOLDER
 
-os.environ.setdefault(
-    "TRITON_INTERPRET", "1"
-)  # Triton asks when it is imported; CMLAB_KERNELS still decides what goes there
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton asks when imported; CMLAB_KERNELS still decides what goes there
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` starts programs; tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 collect_ignore = [] if (FOLDER / "cm" / "unet.py").is_file() else ["test_reference.py"]
 if CHROMIUM is None:
     collect_ignore += [path.name for path in Path(__file__).parent.glob("test_*_browser.py")]
