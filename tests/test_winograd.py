@@ -35,8 +35,9 @@ def test_after_enlarging_three_products_give_two_results():
 def test_it_is_the_convolution(kind, dtype):
     torch.manual_seed(0)
     conv = nn.Conv2d(24, 40, 3, padding=1).to(dtype).requires_grad_(False)
-    for size in ((8, 8), (6, 10), (5, 3)):  # whole tiles, and a rest of every kind
-        x = draws(2, 24, *size).to(dtype)
+    # Whole tiles and every rest. No two sizes are equal at first, and none is 1: the transforms are compiled once for all.
+    for size in ((6, 10), (8, 8), (5, 7)):
+        x = draws(7, 24, *size).to(dtype)
         if kind == UP:
             x = F.interpolate(x.float(), scale_factor=2).to(dtype)
         exact = copy.deepcopy(conv).double()(x.double())
