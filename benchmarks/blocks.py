@@ -3,7 +3,7 @@
     python benchmarks/blocks.py                   # on a GPU: some 5 minutes, nearly all compiling; writes benchmarks/BLOCKS-<card>.md
     python benchmarks/blocks.py --small           # a dry run at tiny sizes; on a CPU with TRITON_INTERPRET=1
 
-What cmlab.kernels uses is in tiles.py, sizes, and in jvp.py, FORWARD and BACKWARD.
+What cmlab.kernels uses is in tiles.py, whole_group_blocks, and in jvp.py, FORWARD and BACKWARD.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def norm_candidates(bench: Bench, x: torch.Tensor, last: bool) -> dict[str, Call
         block_p = min(tile // block_c, dispatch.triton.next_power_of_2(x[0, 0].numel()))
         sizes = dict(GROUPS=groups, BLOCK_C=block_c, BLOCK_P=block_p, STAGES=stages, num_warps=warps)
         name = f"{groups} groups, tile {block_c} x {block_p}, {warps} warps, {stages} stages"
-        used = sizes == tiles.sizes(x, 32, tiles.groups_at_once(x, 32) or 1)
+        used = sizes == tiles.whole_group_blocks(x, 32, tiles.groups_at_once(x, 32) or 1)
         constants = dict(ADAPTIVE=True) | sizes
         call = partial(norm._launch_whole, x, torch.empty_like(x), given, 32, 1e-5, constants)
         found[name + ", in use" if used else name] = call

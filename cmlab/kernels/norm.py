@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cmlab.checks import same_shape, whole
 from cmlab.kernels.dispatch import enabled, forward_mode, jit, launching, tl, triton
-from cmlab.kernels.tiles import Tiles, dense, groups_at_once, like, sizes
+from cmlab.kernels.tiles import Tiles, dense, groups_at_once, like, whole_group_blocks
 
 
 def group_norm_silu(
@@ -161,7 +161,7 @@ def _launch_forward(x, weight, bias, scale, shift, groups, eps) -> tuple[Tensor,
     given = [coefficients, *(t.contiguous() for t in (weight, bias, *adaptive))]
     at_once = groups_at_once(x, groups)
     if at_once:
-        _launch_whole(x, y, given, groups, eps, flags | sizes(x, groups, at_once))
+        _launch_whole(x, y, given, groups, eps, flags | whole_group_blocks(x, groups, at_once))
     else:
         _launch_split(x, y, given, groups, eps, flags)
     return y, coefficients

@@ -60,7 +60,7 @@ def groups_at_once(x: Tensor, groups: int) -> int:
     return 1 if fitting and each * x[0, 0].numel() <= 8192 else 0  # so small that the number of launches counts
 
 
-def sizes(x: Tensor, groups: int, at_once: int) -> dict:
+def whole_group_blocks(x: Tensor, groups: int, at_once: int) -> dict:
     """The fastest of a sweep in half precision on an H100, or nearly (benchmarks/blocks.py)."""
     block_c, last = triton.next_power_of_2(at_once * x.shape[1] // groups), channels_last(x)
     block_p = min(triton.next_power_of_2(x[0, 0].numel()), max(128, (8192 if last else 4096) // block_c))
