@@ -99,6 +99,13 @@ def same_shape(argument: str, x: Tensor, expected: torch.Size | tuple[int, ...])
     return x
 
 
+def loaded(model):
+    """Returns model if it can be called; a name or a path raises TypeError."""
+    if not callable(model):
+        raise TypeError(f"model must be a model, such as cmlab.load returns, got {model!r}")
+    return model
+
+
 def check_labels(labels: Tensor | None, batch: int, num_classes: int | None) -> None:
     """Raises unless labels fit the network: (batch,) integers in [0, num_classes), or None for an unconditional one.
 
@@ -111,6 +118,8 @@ def check_labels(labels: Tensor | None, batch: int, num_classes: int | None) -> 
         return
     if labels is None:
         raise ValueError(f"labels are missing: this network is conditional on {num_classes} classes")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch tensor ({batch},) of integers, got {labels!r}")
     if tuple(labels.shape) != (batch,) or labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels must be ({batch},) integers, got shape {tuple(labels.shape)} of {labels.dtype}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmlab.checks import finite, known, same_shape, whole
+from cmlab.checks import finite, known, loaded, same_shape, whole
 from cmlab.noise import karras_sigmas
 from cmlab.ode import dpm2_step, euler_step, heun_step
 from cmlab.streams import randn_like
@@ -48,7 +48,7 @@ def levels_of(sigmas, least: int = 1) -> list[float]:
 def levels_within(model, sigmas) -> list[float]:
     """levels_of(sigmas), for a consistency model: above its sigma_max it has never been. Raises ValueError there."""
     levels = levels_of(sigmas)
-    if levels[0] > model.sigma_max * (1 + 1e-6):
+    if levels[0] > loaded(model).sigma_max * (1 + 1e-6):
         raise ValueError(f"sigmas must not exceed the model's sigma_max = {model.sigma_max:g}, got {levels[0]:g}")
     return levels
 
@@ -57,7 +57,7 @@ class _Clipped:
     """The model, with its output clamped to [-1, 1] if asked for."""
 
     def __init__(self, model, clip: bool):
-        self.model, self.clip = model, clip
+        self.model, self.clip = loaded(model), clip
 
     def __call__(self, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
         denoised = self.model(x, sigma, labels)
@@ -284,7 +284,7 @@ def sample_ts(
         raise ValueError(f"ts must be two or more increasing indices in 0 … {steps - 1}, got {tuple(ts)}")
     if noises is not None:
         same_shape("noises", noises, (len(ts) - 1, *noise.shape))
-    sigmas = karras_sigmas(steps, model.sigma_min, model.sigma_max, rho)[list(ts)].tolist()
+    sigmas = karras_sigmas(steps, loaded(model).sigma_min, model.sigma_max, rho)[list(ts)].tolist()
     inner = None if noises is None else noises[: len(ts) - 2]
     x = sample_multistep(model, noise, sigmas[:-1], labels, inner, generator, clip_denoised)
     left = renoise_std(sigmas[-1], model.sigma_min)

@@ -125,6 +125,11 @@ def test_labels_for_an_unconditional_network_are_refused():
         random_unet(num_classes=None)(X, C_NOISE, LABELS)
 
 
+def test_labels_are_a_tensor():
+    with pytest.raises(TypeError, match=r"labels must be a torch tensor \(\d,\) of integers, got \["):
+        random_unet()(X, C_NOISE, LABELS.tolist())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
