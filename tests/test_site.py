@@ -33,7 +33,7 @@ def test_a_lesson_has_its_page_with_every_figure_described_and_its_notebook_to_d
     assert f"solutions/{lesson.stem}_solution.html" in page
     controls = [name for name in ("explore(", "train_live(", "Explorer(", "Viewer(", "MaskPainter(", "Playground(") for cell in
                 nbformat.read(lesson, 4).cells if cell.cell_type == "code" and name in cell.source]  # fmt: skip
-    assert page.count("Here is a live control") <= len(controls), "a note for each control, none for a progress bar"
+    assert page.count("Here is a live control") == len(controls), "a note for each control, none for a progress bar"
     assert not re.search(r"<m[ino][^>]*>[^<]*\\", page), "a formula holds TeX that was not understood"
 
 
@@ -95,9 +95,12 @@ def test_docstrings_are_plain_text_with_code_and_emphasis(text, expected):
 
 
 def test_code_and_formulas_are_no_links():
-    pages = {"02": "02_consistency_distillation"}
-    text = "lesson 02 but `lesson 02`, [lesson 02](x.ipynb) and $$lesson 02$$"
+    pages = dict.fromkeys(["02", "02_consistency_distillation"], "02_consistency_distillation")
+    text = "lesson 02 but `lesson 02`, [lesson 02](x.ipynb), [`02`](x.ipynb), ```\n`02`\n``` and $$lesson 02$$"
     assert manuscript.linked_lessons(text, pages, "01_x").count("](02_consistency_distillation.ipynb)") == 1
+    for name in pages:
+        assert manuscript.linked_lessons(f"`{name}`", pages, "01_x") == f"[`{name}`](02_consistency_distillation.ipynb)"
+    assert manuscript.linked_lessons("`02`", pages, "02_consistency_distillation") == "`02`"
     assert manuscript.linked_names("`cmlab.sampling.sample_ts`").startswith("{py:obj}`")
     assert manuscript.linked_names("`cmlab.nothing.here`") == "`cmlab.nothing.here`"
     assert manuscript.linked_names("```\n`cmlab.train`\n```") == "```\n`cmlab.train`\n```"
@@ -123,6 +126,23 @@ def test_a_broken_reference_stops_the_build_and_the_old_site_stays(tmp_path, mon
     assert (output / "searchindex.js").read_text() == "old"
 
 
-def few_sources(folder: Path) -> None:
+def test_a_linked_folder_is_filled_where_it_leads_again_and_again(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "site"
+    link.symlink_to("real")
+    monkeypatch.setattr("cmlab.site.builder.write_sources", lambda home, folder: few_sources(folder, "Two."))
+    for _ in range(2):
+        build(link, HOME)
+    assert link.is_symlink() and (tmp_path / "real" / "index.html").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real", "site"]
+
+
+def test_a_file_is_no_folder_for_a_site(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        build(tmp_path / "mine.txt", HOME)
+
+
+def few_sources(folder: Path, text: str = "[two](nowhere.md)") -> None:
     folder.mkdir()
-    (folder / "index.md").write_text("# One\n\n[two](nowhere.md)\n")
+    (folder / "index.md").write_text(f"# One\n\n{text}\n")

@@ -44,15 +44,18 @@ SETTINGS = {
 
 
 def build(output: Path, home: Path | None = None) -> Path:
-    """Builds the site into output, which it replaces, and returns its index.html.
+    """Builds the site into output, a folder that it replaces with all that was added to it, and returns its index.html.
 
     home is the folder with README.md and notebooks/, the repository's without it. Raises ValueError where Sphinx is missing or output
     holds something else than a site, RuntimeError with the warnings of the build and for links that lead nowhere; output is then left
     as it was.
     """
-    home = home or lessons_folder().parent
+    home, output = (
+        home or lessons_folder().parent,
+        output.resolve(),
+    )  # the folder that a link leads to is replaced, not the link
     _check(home, output)
-    usable_folder(output.absolute().parent)
+    usable_folder(output.parent)
     with tempfile.TemporaryDirectory(prefix="cmlab-site-") as work:
         sources, fresh = Path(work) / "sources", Path(work) / "html"
         write_sources(home, sources)
@@ -63,7 +66,7 @@ def build(output: Path, home: Path | None = None) -> Path:
         if dead:
             raise RuntimeError("links that lead nowhere: " + "; ".join(dead))
         (fresh / MARK).touch()
-        _put(fresh, output.absolute())
+        _put(fresh, output)
     return output / "index.html"
 
 
@@ -85,12 +88,11 @@ def _check(home: Path, output: Path) -> None:
         raise ValueError(f"the site needs {', '.join(missing)}: pip install -e '.[site]' in the repository")
     if not (home / "README.md").is_file():
         raise ValueError(f"the site is built from a copy of the repository: there is no README.md in {home}")
-    others = (
-        {path.name for path in output.iterdir() if path.name.startswith(".")} - {MARK, ".buildinfo"}
-        if output.is_dir()
-        else set()
-    )
-    if output.exists() and (others or not (output / MARK).is_file()) and any(output.iterdir()):
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; name a folder for the site")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    others = {name for name in names if name.startswith(".")} - {MARK, ".buildinfo"}
+    if names and (others or MARK not in names):
         raise ValueError(f"{output} holds something else than a site of this command; name another folder, or empty it")
 
 

@@ -24,14 +24,15 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"^(HBox\(children=\(HTML|.*\b\d+%\|)")
 LIVE = "*Here is a live control when the lesson runs in JupyterLab. The figures beside it stand still.*"
 NAME = re.compile(r"(?<!`)`(cmlab(?:\.\w+)+)(?:\(\))?`(?!`)")
-LESSON = re.compile(r"(?<![\[\w])([Ll]essons? )(0\d)\b(?![^\[]*\]\()")
+LESSON = re.compile(r"(?<![\[\w])[Ll]essons? (0\d)\b(?![^\[]*\]\()")
+LESSON_AS_CODE = re.compile(r"(?<!`)`(0\d\w*)`(?!`)")
 
 
 def write_sources(home: Path, folder: Path) -> None:
     """Writes index, lessons, solutions and reference into a folder, for Sphinx."""
     lessons = sorted((home / "notebooks").glob("0*.ipynb"))
     solutions = sorted((home / "notebooks" / "solutions").glob("0*.ipynb"))
-    pages = {path.stem[:2]: path.stem for path in lessons}
+    pages = {name: path.stem for path in lessons for name in (path.stem[:2], path.stem)}
     for path in [*lessons, *solutions]:
         _write_notebook(path, folder / "lessons" / path.relative_to(home / "notebooks"), pages)
     for room in (room for rooms in REFERENCE.values() for room in rooms):
@@ -126,14 +127,14 @@ def _without_caption(output):
 
 
 def linked_lessons(text: str, pages: dict[str, str], own: str) -> str:
-    """Text in which "lesson 02" leads there."""
+    """Text in which "lesson 02", `02` and `02_consistency_distillation` lead there."""
     folder = "../" if own.endswith("_solution") else ""
 
     def link(found: re.Match) -> str:
-        page = pages.get(found[2])
+        page = pages.get(found[1])
         return found[0] if page is None or page == own else f"[{found[0]}]({folder}{page}.ipynb)"
 
-    return _outside_code(LESSON, link, text)
+    return _outside_code(LESSON, link, _outside_code(LESSON_AS_CODE, link, text, keep_spans=False))
 
 
 def linked_names(text: str) -> str:
