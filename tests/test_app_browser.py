@@ -217,11 +217,11 @@ def listener():
     server.shutdown()
 
 
-def edit_with(address: str, path: str) -> str:
+def edit_with(address: str, path: str, model: str = "tinted-digits-cd") -> str:
     """What an edit answers whose picture is said to lie at a path of the server, or an address."""
     given = {"path": path, "meta": {"_type": "gradio.FileData"}}
     canvas = {"background": given, "layers": [], "composite": None}
-    data = ["tinted-digits-cd", "stroke", canvas, None, "", 4, 2, 4, 1, 0]
+    data = [model, "stroke", canvas, None, "", 4, 2, 4, 1, 0]
     asked = httpx.post(f"{address}/gradio_api/call/edit", json={"data": data})
     if asked.status_code != 200:
         return f"event: error {asked.text}"
@@ -232,6 +232,9 @@ def test_a_file_that_was_uploaded_is_read_and_no_other_of_this_machine(server):
     files = {"files": ("me.png", GOOD)}
     [uploaded] = httpx.post(f"{server[0]}/gradio_api/upload", files=files).json()
     assert "event: complete" in edit_with(server[0], uploaded)
+    assert "unknown model 'mine'" in edit_with(server[0], uploaded, "mine"), (
+        "asked for by name, not by the menu's state"
+    )
     for path in ("/etc/passwd", "../../etc/passwd", str(HOME / "cmlab" / "embedded" / "readme.png")):
         assert "event: error" in edit_with(server[0], path)
         assert httpx.get(f"{server[0]}/gradio_api/file={path}").status_code in (403, 404)
@@ -240,8 +243,9 @@ def test_a_file_that_was_uploaded_is_read_and_no_other_of_this_machine(server):
 def test_no_address_is_fetched(server, listener):
     address, asked = listener
     for outside in (address, address.replace("127.0.0.1", "localhost"), "http://192.0.2.1/me.png"):
-        assert "event: error" in edit_with(server[0], outside)
-        assert httpx.get(f"{server[0]}/gradio_api/file={outside}").status_code == 403
+        assert "addresses are not fetched" in edit_with(server[0], outside)
+        refused = httpx.get(f"{server[0]}/gradio_api/file={outside}")
+        assert refused.status_code == 403 and "addresses are not fetched" in refused.text
     assert asked == []
 
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 import io
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import zlib
+from pathlib import Path
 
 import gradio
 import numpy as np
@@ -69,6 +73,13 @@ def test_no_name_leads_out_of_the_list(name, tmp_path):
     shutil.copytree(checkpoints.EMBEDDED_FOLDER / "digits-cd", tmp_path / "secret" / "model")
     with pytest.raises(ValueError, match="unknown model"):
         choose(name)
+
+
+def test_a_name_typed_into_a_menu_and_an_empty_class_are_no_traceback():
+    for follow in (page.for_model, page.classes_of):
+        with pytest.raises(gradio.Error, match="unknown model"):
+            follow("mine")
+    assert page.read_classes(None) == page.read_classes("") == ()
 
 
 def test_a_model_that_was_trained_anew_is_read_anew(tmp_path):
@@ -140,13 +151,25 @@ def test_timesteps_mean_the_levels_of_the_released_sampler():
     levels = work.read_timesteps("0,22,39", 0.002, 80.0)
     grid = karras_sigmas(40, 0.002, 80.0)
     assert levels == tuple(grid[[0, 22]].tolist())
-    assert work.read_timesteps(" ", 0.002, 80.0) is None
+    assert work.read_timesteps(" ", 0.002, 80.0) is work.read_timesteps(None, 0.002, 80.0) is None
     assert len(work.read_timesteps("0,106,200 of 201", 0.002, 80.0)) == 2
     assert end_of(work.generate("digits-cd", timesteps="0,22,39", num=2)).calls == 2
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "0", "0,39,22", "0,22", "-1,39", "5,39", "0,39 of x", "0,5 of 1", "0,1 of 99999999999"]
+    "text",
+    [
+        "a",
+        "0",
+        "0,39,22",
+        "0,22",
+        "-1,39",
+        "5,39",
+        "0,39 of x",
+        "0,5 of 1",
+        "0,1 of 99999999999",
+        ",".join(map(str, range(82))) + " of 82",
+    ],
 )
 def test_timesteps_that_mean_nothing_are_refused(text):
     with pytest.raises(ValueError, match="timesteps"):
@@ -250,7 +273,7 @@ def test_a_conditional_model_is_told_the_class_to_edit():
 
 
 def test_results_are_whole_files_that_nobody_guesses_and_go_after_an_hour(tmp_path, monkeypatch):
-    results, made = Results(tmp_path / "results"), end_of(work.generate("digits-cd", num=3, labels=(7,)))
+    results, made = Results(tmp_path), end_of(work.generate("digits-cd", num=3, labels=(7,)))
     sheet, samples = results.keep(made)
     with np.load(samples) as file:
         assert file["arr_0"].shape == (3, 8, 8, 1) and file["arr_0"].dtype == np.uint8
@@ -260,6 +283,18 @@ def test_results_are_whole_files_that_nobody_guesses_and_go_after_an_hour(tmp_pa
     monkeypatch.setattr(kept.time, "monotonic", lambda: later)
     other, _ = results.keep(made)
     assert other.exists() and not sheet.exists()
+
+
+def test_an_app_that_ends_removes_its_own_results_alone(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.txt").write_text("mine")
+    script = f"from pathlib import Path; from cmlab.demo.results import Results; print(Results(Path({str(tmp_path)!r})).folder)"
+    env = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path)}
+    own = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert Path(own).parent == tmp_path and not Path(own).exists()
+    assert (tmp_path / "results" / "thesis.txt").read_text() == "mine"
 
 
 # --- uploads --------------------------------------------------------------------------------------------------------

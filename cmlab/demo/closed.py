@@ -8,9 +8,16 @@ from gradio import processing_utils, routes
 
 
 def close() -> None:
-    """Lets gradio refuse addresses in the inputs of jobs, and at /gradio_api/file=."""
-    processing_utils.async_ssrf_protected_download = _refuse_input
-    routes.secure_url_stream_response = _refuse_file
+    """Lets gradio refuse addresses in the inputs of jobs, and at /gradio_api/file=.
+
+    Raises AttributeError for a gradio that has these functions no more: else they would be fetched.
+    """
+    for module, name, refuse in (
+        (processing_utils, "async_ssrf_protected_download", _refuse_input),
+        (routes, "secure_url_stream_response", _refuse_file),
+    ):
+        getattr(module, name)
+        setattr(module, name, refuse)
 
 
 async def _refuse_input(url: str, *rest) -> str:

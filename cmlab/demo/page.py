@@ -46,7 +46,7 @@ HINTS = {
 def build() -> gr.Blocks:
     """The page. Every job is a function of its inputs: two visitors share nothing but the models."""
     close()
-    results = Results(Path(os.environ["GRADIO_TEMP_DIR"]) / "results")  # gradio serves what lies there
+    results = Results(Path(os.environ["GRADIO_TEMP_DIR"]))  # gradio serves what lies there
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         gr.Markdown(INTRO)
         with gr.Tab("Generate"):
@@ -134,15 +134,28 @@ def class_field(choice: Choice, otherwise: str = "all in turn if empty") -> dict
     return dict(value="", placeholder=f"0 … {choice.num_classes - 1}; {otherwise}", interactive=True)
 
 
+def chosen(name: str) -> Choice:
+    """choose, for what follows a menu: a name that is typed there and unknown is an error in the page."""
+    try:
+        return choose(name)
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def classes_of(name: str, otherwise: str = "all in turn if empty") -> dict:
+    """The field of classes for another model."""
+    return gr.update(**class_field(chosen(name), otherwise))
+
+
 def consistency_models() -> list[str]:
     """The names of those that compare and edit."""
     return [name for name, choice in choices().items() if choice.consistency]
 
 
-def read_classes(text: str) -> tuple[int, ...]:
+def read_classes(text: str | None) -> tuple[int, ...]:
     """The classes that the field says, "3" or "3 5 7"; none if it is empty. Raises ValueError for anything but numbers."""
     try:
-        return tuple(int(word) for word in text.replace(",", " ").split())
+        return tuple(int(word) for word in (text or "").replace(",", " ").split())
     except ValueError:
         raise ValueError(f"class must be a number, or several, such as 3 or 3 5 7, got {text!r}") from None
 
@@ -200,7 +213,7 @@ def _generate_tab(demo: gr.Blocks, results: Results) -> None:
 
 def for_model(name: str) -> tuple[dict, dict, dict]:
     """The controls that fit another model: sampler, steps and classes."""
-    choice = choose(name)
+    choice = chosen(name)
     if choice.consistency:
         sampler, steps = gr.update(choices=list(drawing.CONSISTENCY), value="multistep"), gr.update(value=1)
     else:
@@ -253,7 +266,7 @@ def _compare_tab(demo: gr.Blocks, results: Results) -> None:
     names = ("one call", "two calls", "teacher")
     sheets = [shown(name, height=120) for name in names]
     said = gr.Markdown(elem_id="compared")
-    model.change(lambda name: gr.update(**class_field(choose(name))), model, label, api_visibility="private")
+    model.change(classes_of, model, label, api_visibility="private")
     demo.load(lambda: gr.update(choices=consistency_models()), outputs=model, api_visibility="private")
     job_of(start, cancel, partial(compare, results), [model, label, seed, num], [*sheets, said], "compare")
 
@@ -282,7 +295,11 @@ def _edit_tab(demo: gr.Blocks, results: Results) -> None:
     with gr.Row():
         with gr.Column():
             model = gr.Dropdown(
-                consistency_models(), value=FIRST_TO_EDIT, label="consistency model", elem_id="edit-model"
+                consistency_models(),
+                value=FIRST_TO_EDIT,
+                allow_custom_value=True,
+                label="consistency model",
+                elem_id="edit-model",
             )
             task = gr.Dropdown(pictures.TASKS, value="inpaint", label="task", elem_id="task")
             hint = gr.Markdown(HINTS["inpaint"], elem_id="hint")
@@ -307,7 +324,7 @@ def _edit_tab(demo: gr.Blocks, results: Results) -> None:
             sheet = shown("picture, what is known, results", elem_id="edited")
             said = gr.Textbox(label="cost", interactive=False, elem_id="edit-said")
             files = gr.File(label="download", file_count="multiple", interactive=False)
-    model.change(lambda name: gr.update(**class_field(choose(name), "needed")), model, label, api_visibility="private")
+    model.change(partial(classes_of, otherwise="needed"), model, label, api_visibility="private")
     task.change(
         lambda name: (HINTS[name], gr.update(visible=name == "interpolate")),
         task,

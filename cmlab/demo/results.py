@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import secrets
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,11 +20,14 @@ KEPT = 3600  # seconds
 
 
 class Results:
-    """A folder of results, each under a name that nobody can guess. Those of an hour ago go, and all when the process ends."""
+    """A new folder of results inside another, each under a name that nobody can guess.
 
-    def __init__(self, folder: Path):
-        self.folder, self._made = folder, []
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Those of an hour ago go, and all when the process ends.
+    """
+
+    def __init__(self, inside: Path):
+        self.folder, self._made = Path(tempfile.mkdtemp(prefix="results-", dir=inside)), []
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
 
     def keep(self, made: Made, columns: int = 10) -> tuple[Path, Path]:
         """Writes what was made: the paths of the .png sheet, and of the .npz (arr_0: uint8, N x H x W x C; arr_1: labels)."""

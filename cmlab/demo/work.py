@@ -84,12 +84,13 @@ def dropping(model: nn.Module, rate: float):
             layer.eval()
 
 
-def read_timesteps(text: str, sigma_min: float, sigma_max: float) -> tuple[float, ...] | None:
+def read_timesteps(text: str | None, sigma_min: float, sigma_max: float) -> tuple[float, ...] | None:
     """The noise levels that the released code's --ts means: "0,22,39" on a grid of 40, "0,106,200 of 201" on another.
 
-    As there, no call is made at the last index, which must be the grid's last one. None for an empty text.
+    As there, no call is made at the last index, which must be the grid's last one. None for an empty text. Raises ValueError for
+    what does not look so, and for more calls than MOST_STEPS.
     """
-    if not text.strip():
+    if not (text or "").strip():
         return None
     head, _, grid = text.partition("of")
     try:
@@ -99,6 +100,7 @@ def read_timesteps(text: str, sigma_min: float, sigma_max: float) -> tuple[float
     within("the grid of timesteps", steps, 2, 10_000)
     if len(ts) < 2 or ts != sorted(set(ts)) or ts[0] != 0 or ts[-1] != steps - 1:
         raise ValueError(f"timesteps must rise from 0 to {steps - 1}, the last of {steps}, got {text!r}")
+    within("the number of timesteps before the last", len(ts) - 1, 1, MOST_STEPS)
     return tuple(karras_sigmas(steps, sigma_min, sigma_max)[ts[:-1]].tolist())
 
 
