@@ -143,6 +143,14 @@ def test_painting_hides_what_the_brush_passes_over_also_between_two_positions_of
     assert int((painter.mask == 0).sum()) == 3 * 13 + 9, "an arrow key only moves the brush"
 
 
+def test_dabs_that_come_while_the_kernel_is_busy_are_all_painted(painter):
+    """The page sends each as a message; of the positions only the last arrives."""
+    for stroke, place in enumerate((2.5 / 16, 7.5 / 16, 12.5 / 16), start=1):
+        painter.surface._handle_custom_msg({"mark": [place, place, stroke]}, [])
+    painter.surface.touch = [12.5 / 16, 12.5 / 16, 3.0]
+    assert int((painter.mask == 0).sum()) == 3 * 9 and "11% painted over" in said(painter)
+
+
 def test_a_mask_is_cleared_and_repairs_follow_every_control(painter):
     seen = [shown(painter)]
     assert "0% painted over" in said(painter) and "differ by 0.00" in said(painter), "all is known"
@@ -224,6 +232,22 @@ def test_a_live_training_draws_the_samples_that_it_is_asked_for():
 
     train_live(SHORT, draw, looks=3)
     assert len(drawn) == 3
+
+
+def test_the_loss_is_drawn_also_below_zero_and_from_the_step_where_it_begins():
+    view = LiveView(SHORT)
+    for step, loss in enumerate((2.0, 1.0, -0.5), start=11):
+        view.see(training.Record(step, 30, loss, lr=0.0, grad_norm=0.0, scales=None, mu=0.0, seconds=0.0), None)
+    axes = view._figure().axes[0]
+    assert axes.get_yscale() == "linear" and axes.lines[0].get_xdata().tolist() == [11, 12, 13]
+    view.losses[-1] = 0.5
+    assert view._figure().axes[0].get_yscale() == "log"
+
+
+def test_more_curves_than_colours_are_refused():
+    points = [(1, 1.0, torch.zeros(1, 1, 8, 8))]
+    with pytest.raises(ValueError, match="curves must be one to 3, got 4"):
+        QualityExplorer({name: points for name in "abcd"})
 
 
 def test_pixels_come_back_from_png_as_they_were():

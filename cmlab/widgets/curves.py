@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import ipywidgets
@@ -20,6 +21,13 @@ COLOURS = (PALETTE[1], ACCENT, PALETTE[2])
 DRAWN, HIGHEST = 800, 250  # pairs of levels; the histogram's upper end, which a coarse grid's bars pass
 
 
+def _coloured(argument: str, names: Collection[str]) -> dict[str, str]:
+    """A colour for each name. Raises ValueError for none, and for more than there are colours."""
+    if not 1 <= len(names) <= len(COLOURS):
+        raise ValueError(f"{argument} must be one to {len(COLOURS)}, got {len(names)}")
+    return dict(zip(names, COLOURS, strict=False))
+
+
 class CurriculumViewer(ipywidgets.VBox):
     """What objectives do as training goes: the number of levels N(k), the target's decay mu(k), and the levels that are drawn.
 
@@ -28,9 +36,7 @@ class CurriculumViewer(ipywidgets.VBox):
 
     def __init__(self, objectives: dict, total: int = 1000, seed: int = 0):
         self._objectives, self._total, self._seed = objectives, total, seed
-        if not 1 <= len(objectives) <= len(COLOURS):
-            raise ValueError(f"objectives must be one to {len(COLOURS)}, got {len(objectives)}")
-        self._colours = dict(zip(objectives, COLOURS, strict=False))
+        self._colours = _coloured("objectives", objectives)
         self._sketch = self._draw_still()
         self.progress = ipywidgets.FloatSlider(value=0.3, min=0, max=1, step=0.02, description="k/K")
         caption = "Number of levels, target decay and the noise levels that are drawn, at this point of training."
@@ -91,7 +97,7 @@ class Point(NamedTuple):
 
 
 class QualityExplorer(ipywidgets.VBox):
-    """Quality against compute: curves = {model: [Point, …]}; a menu and a slider choose a point, whose pictures are shown."""
+    """Quality against compute: curves = {model: [Point, …]}, three at most; a menu and a slider choose a point and its pictures."""
 
     def __init__(self, curves: dict[str, list[Point]], score: str = "FD", floor: float | None = None):
         self._curves, self._score = {name: [Point(*p) for p in points] for name, points in curves.items()}, score
@@ -111,8 +117,9 @@ class QualityExplorer(ipywidgets.VBox):
     def _draw_still(self) -> Sketch:
         figure = plt.figure(figsize=(7, 3.0), layout="none")
         ax, self._sheet = figure.add_axes((0.09, 0.17, 0.43, 0.78)), figure.add_axes((0.56, 0.06, 0.43, 0.84))
-        for (name, points), colour in zip(self._curves.items(), COLOURS, strict=False):
-            ax.loglog([p.calls for p in points], [p.score for p in points], "o-", ms=4, color=colour, label=name)
+        colours = _coloured("curves", self._curves)
+        for name, points in self._curves.items():
+            ax.loglog([p.calls for p in points], [p.score for p in points], "o-", ms=4, color=colours[name], label=name)
         if self._floor is not None:
             ax.axhline(self._floor, color="black", lw=1, ls=":", label="real pictures")
         ax.set(xlabel="network calls a picture", ylabel=self._score)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import ipywidgets
 import matplotlib.figure
+import torch
 
 from cmlab.plots import png
 from cmlab.widgets.sketch import source
@@ -29,6 +30,12 @@ def explore(draw: Callable, caption: str, **controls):
         control.observe(redraw, names="value")
     redraw()
     return ipywidgets.VBox([*controls.values(), picture, said])
+
+
+def device_of(model) -> torch.device:
+    """Where a model computes; an exact denoiser, which has no parameters, goes where its input is, and gets it on the CPU."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def image(data: bytes, alt: str) -> str:

@@ -54,6 +54,7 @@ class LiveView(ipywidgets.VBox):
 
     def __init__(self, recipe: Recipe):
         self.losses: list[float] = []
+        self._first = 1  # the step of the first loss: a resumed training begins later
         self._images, self._drawn, self._stop = None, 0.0, False
         self.stop = ipywidgets.Button(
             description="Stop", tooltip="End this training now and keep the model", icon="stop"
@@ -72,6 +73,7 @@ class LiveView(ipywidgets.VBox):
 
     def see(self, record: Record, draw: Callable | None) -> None:
         """Takes a record in, and draws if something is new to see and the last drawing is a while ago."""
+        self._first = self._first if self.losses else record.step
         self.losses.append(record.loss)
         if record.model is not None and draw is not None:
             self._images = draw(record.model)
@@ -102,12 +104,13 @@ class LiveView(ipywidgets.VBox):
         figure, axes = plt.subplots(
             1, 1 if self._images is None else 2, figsize=(7, 2.4), squeeze=False, layout="tight"
         )
-        steps = np.arange(1, 1 + len(self.losses))
-        axes[0, 0].semilogy(steps, self.losses, lw=0.6, color=ACCENT, alpha=0.4)
+        steps = self._first + np.arange(len(self.losses))
+        axes[0, 0].plot(steps, self.losses, lw=0.6, color=ACCENT, alpha=0.4)
         width = max(1, len(self.losses) // 30)
         smooth = np.convolve(self.losses, np.ones(width) / width, "valid")
-        axes[0, 0].semilogy(steps[width - 1 :], smooth, color=ACCENT)
-        axes[0, 0].set(xlabel="step", ylabel="loss")
+        axes[0, 0].plot(steps[width - 1 :], smooth, color=ACCENT)
+        positive = min(self.losses) > 0  # an adaptively weighted loss is not
+        axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log" if positive else "linear")
         if self._images is not None:
             draw_images(axes[0, 1], self._images, "samples now", columns=8)
         return figure

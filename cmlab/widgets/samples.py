@@ -12,7 +12,7 @@ from cmlab.noise import karras_sigmas
 from cmlab.plots import tile
 from cmlab.scaling import ConsistencyModel
 from cmlab.streams import randn
-from cmlab.widgets.explore import explore, image, sentence, status
+from cmlab.widgets.explore import device_of, explore, image, sentence, status
 from cmlab.widgets.sketch import encoded, source
 from cmlab.widgets.surface import Surface
 
@@ -50,6 +50,7 @@ class MaskPainter(ipywidgets.VBox):
         super().__init__([self.choice, self.calls, self.seed, self.clear, row, self.said])
         for control in (self.choice, self.calls, self.seed):
             control.observe(self._redraw, names="value")
+        self.surface.on_mark(self._mark)
         self.surface.observe(self._touched, names="touch")
         self.clear.on_click(self._cleared)
         self._redraw()
@@ -68,7 +69,10 @@ class MaskPainter(ipywidgets.VBox):
         self._redraw()
 
     def _touched(self, change) -> None:
-        x, y, stroke = change["new"]
+        self._mark(*change["new"])
+        self._redraw()
+
+    def _mark(self, x: float, y: float, stroke: float) -> None:
         height, width = self.mask.shape
         row, column = int(y * height), int(x * width)
         if stroke:
@@ -77,7 +81,6 @@ class MaskPainter(ipywidgets.VBox):
             for share in np.linspace(0, 1, 1 + max(abs(row - before[0]), abs(column - before[1]))):
                 self._paint(*(round(a + share * (b - a)) for a, b in zip(before, (row, column), strict=True)))
         self._last = (stroke, row, column)
-        self._redraw()
 
     def _paint(self, row: int, column: int) -> None:
         low, high = self._brush // 2, self._brush - self._brush // 2
@@ -85,21 +88,22 @@ class MaskPainter(ipywidgets.VBox):
 
     @torch.no_grad()
     def _redraw(self, change=None) -> None:
-        picture = self._pictures[self.choice.value : self.choice.value + 1]
-        task, calls = editing.Inpaint(self.mask.clone()), self.calls.value
+        device, calls = device_of(self._model), self.calls.value
+        picture = self._pictures[self.choice.value : self.choice.value + 1].to(device)
+        task = editing.Inpaint(self.mask.clone().to(device))
         measured = task.measure(picture)
         levels = karras_sigmas(calls + 1, self._model.sigma_min, self._model.sigma_max)[:-1]
         repairs = editing.edit(
             self._model, task, measured.expand(self._repairs, -1, -1, -1), levels,
             generator=torch.Generator().manual_seed(self.seed.value),
-        )  # fmt: skip
+        ).cpu()  # fmt: skip
         hidden = float((self.mask == 0).float().mean())
         there = (repairs - repairs.mean(0))[..., self.mask == 0]
         differ = float(there.square().mean().sqrt()) if hidden else 0.0
         cost = f"{calls} network call{'s' * (calls != 1)} each"
         text = f"{hidden:.0%} painted over; {self._repairs} repairs with {cost}, which differ by {differ:.2f} there."
         self.surface.set_trait("alt", f"The picture, {hidden:.0%} of it painted over.")
-        self._seen, self._repaired = self._masked(measured), repairs
+        self._seen, self._repaired = self._masked(measured.cpu()), repairs
         self.surface.source = source(enlarged(self._seen, ZOOM))
         self.repaired.value = image(enlarged(repairs, ZOOM // 2, columns=3), text)
         self.said.value = status(text)
@@ -152,19 +156,19 @@ class SamplerPlayground(ipywidgets.VBox):
     @torch.no_grad()
     def _draw(self, name: str, steps: int, level: float, seed: int) -> tuple[bytes, str]:
         model, generator = self._models[name], torch.Generator().manual_seed(seed)
-        noise = randn((self._count, *self._shape), generator)
+        device = device_of(model)
+        noise = randn((self._count, *self._shape), generator, device)
+        labels = None if self._labels is None else self._labels.to(device)
         if isinstance(model, ConsistencyModel):
             levels = self._levels(model, steps, level)
-            images = sampling.sample_multistep(
-                model, noise, levels, self._labels, generator=generator, clip_denoised=True
-            )
+            images = sampling.sample_multistep(model, noise, levels, labels, generator=generator, clip_denoised=True)
             calls, how = len(levels), "at sigma " + ", ".join(f"{v:.3g}" for v in levels)
         else:
             grid = karras_sigmas(steps, model.sigma_min, model.sigma_max)
-            images = sampling.sample_heun(model, noise, grid, self._labels, clip_denoised=True)
+            images = sampling.sample_heun(model, noise, grid, labels, clip_denoised=True)
             calls, how = 2 * steps - 1, f"in {steps} Heun step{'s' * (steps > 1)}"
         zoom = max(1, 512 // (self._count * self._shape[-1]))
-        return enlarged(images, zoom), f"{name}: {calls} network call{'s' * (calls > 1)} a picture, {how}."
+        return enlarged(images.cpu(), zoom), f"{name}: {calls} network call{'s' * (calls > 1)} a picture, {how}."
 
     @staticmethod
     def _levels(model, steps: int, level: float) -> list[float]:
