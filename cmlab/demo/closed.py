@@ -20,7 +20,7 @@ def close() -> None:
         setattr(module, name, refuse)
 
 
-async def _refuse_input(url: str, *rest) -> str:
+async def _refuse_input(url: str, **where) -> str:
     raise gradio.Error("addresses are not fetched: upload the picture", print_exception=False)
 
 
