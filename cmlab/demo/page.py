@@ -25,6 +25,7 @@ WAITING = 32  # jobs in the queue at most; one is done at a time
 # Held by who calls a model: a cancelled job ends its call after gradio has begun the next job.
 AT_WORK = threading.Lock()
 PAUSE = 0.3  # seconds between two signs of life of a job
+READ = 30  # seconds that an error stays in the page
 THREADS = 8  # each keeps some MB of its own
 FIRST, FIRST_TO_EDIT = "digits-cd", "tinted-digits-cd"
 LOCAL = dict(font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -32,7 +33,8 @@ TITLE = "Consistency models"
 INTRO = """# Consistency models
 Pictures from noise in one network call. Choose a model and press **Generate**; compare it with its teacher; edit pictures, which it was
 never trained for. Everything is computed on this machine."""
-CSS = "img { image-rendering: pixelated } .image-container { padding-top: 2rem } .gradio-container { max-width: 1100px !important }"
+CSS = """img { image-rendering: pixelated } .image-container { padding-top: 2rem }
+.gradio-container { max-width: 1100px !important; margin: auto !important }"""
 HINTS = {
     "inpaint": "Paint over what is to be filled in, in any colour. The rest stays as it is.",
     "colorize": "The picture's brightness is kept, the colours are new. Paint is part of the picture.",
@@ -100,7 +102,7 @@ def told(job: Callable) -> Callable:
             OSError,
             RuntimeError,
         ) as error:  # the last one is torch's, out of memory for example
-            raise gr.Error(str(error).split("\n")[0], print_exception=False) from error
+            raise gr.Error(str(error).split("\n")[0], duration=READ, print_exception=False) from error
 
     # gradio reads off it what to call the inputs in the interface for programs, and where the progress goes
     run.__signature__ = signature(job).replace(parameters=[*signature(job).parameters.values(), bar])
