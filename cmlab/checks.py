@@ -22,9 +22,17 @@ def known(argument: str, value: str, options: Iterable[str]) -> str:
 
 def unknown(what: str, value: str, options: Iterable[str]) -> str:
     """The message for a name that is not there, with the nearest that is."""
-    near = difflib.get_close_matches(str(value), list(options), n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    options = list(options)
+    near = nearest(str(value), options)
+    hint = "" if near is None else f" Did you mean {near!r}?"
     return f"unknown {what} {value!r}.{hint} Known: {', '.join(options)}"
+
+
+def nearest(value: str, options: list[str]) -> str | None:
+    """The option that begins so, or has the same letters, or else looks most alike; None if none is near."""
+    alike = {o: difflib.SequenceMatcher(None, o, value).ratio() for o in options}
+    sure = {o for o in options if value and (o.startswith(value) or sorted(o) == sorted(value))}
+    return max((o for o in options if o in sure or alike[o] >= 0.4), key=lambda o: (o in sure, alike[o]), default=None)
 
 
 def alone(what: str, **others) -> None:

@@ -172,7 +172,7 @@ def sample(
         sampler: onestep, multistep for consistency models; heun, euler, dpm, ancestral for diffusion models.
         seed: Of the noise.
         labels: Classes to draw, in turn; all of them without it.
-        output: The .npz to write, instead of runs/samples-<model>.npz.
+        output: The .npz to write, instead of runs/samples-<model>.npz, or -2, -3, … where there is one.
         device: cpu or cuda; cpu without it.
         batch: Pictures a network call, instead of what fits into some hundred MB.
     """
@@ -184,7 +184,10 @@ def sample(
     if device == "cuda" and ranks > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     loaded = pictures.load_model(model, device)
-    target = pictures.target(output or Path("runs") / f"samples-{Path(model).name}.npz", ".npz")
+    named = (
+        Path(model).parent.name if Path(model).name == "model" else ""
+    )  # every training's model is <its folder>/model
+    target = pictures.target(output or pictures.free_file(f"samples-{named or Path(model).name}", ".npz"), ".npz")
     drawing.draw_to(target, drawing.Drawing(loaded, num, steps, sampler, seed, labels, batch), model, rank, ranks)
     if rank == 0:
         sheet = target.with_suffix(".png")
@@ -224,12 +227,12 @@ def edit(
         num: How many results, or pictures on the way of interpolate.
         seed: Of the noise.
         denoiser: For interpolate: the diffusion model that finds the pictures' noises.
-        output: The .png to write, instead of runs/edit-<task>.png.
+        output: The .png to write, instead of runs/edit-<task>.png, or -2, -3, … where there is one.
     """
     from cmlab import pictures
 
     loaded = pictures.load_model(model)
-    target = pictures.target(output or Path("runs") / f"edit-{task}.png", ".png")
+    target = pictures.target(output or pictures.free_file(f"edit-{task}", ".png"), ".png")
     if any(Path(name).exists() and target.resolve() == Path(name).resolve() for name in images):
         raise ValueError(f"output must not be the picture itself, got {target}")
     options = dict(

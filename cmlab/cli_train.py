@@ -24,8 +24,8 @@ def data(
 ) -> int:
     """Prepare pictures to train on. Example: cmlab data prepare my-pictures --size 64 --flip
 
-    Crops every picture to its middle square, resizes it, and writes one memory-mapped data set; what is no picture is skipped
-    and listed. Stopped, it goes on where it was when called again.
+    Crops every picture to its middle square, resizes it, and writes one memory-mapped data set; a picture that cannot be
+    read is skipped and listed. Stopped, it goes on where it was when called again.
 
     Args:
         action: prepare.

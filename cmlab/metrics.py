@@ -337,7 +337,10 @@ def _summarize(
     """The summary of a stream, the class seen in each image (N,), and the mean distance to the nearest of train."""
     summary, classes, distances = Summary(), [], []
     for batch in [images] if isinstance(images, Tensor) else images:
-        seen = extract(batch)
+        try:
+            seen = extract(batch)
+        except ValueError as error:
+            raise ValueError(f"the {argument} images do not suit the extractor: {error}") from error
         summary.update(seen)
         classes.append(seen.probabilities.argmax(1))
         if train is not None:

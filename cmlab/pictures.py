@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -214,6 +215,12 @@ def target(path: Path, suffix: str) -> Path:
     return path
 
 
+def free_file(stem: str, suffix: str) -> Path:
+    """A file name in runs/ that is not taken: what was made before with other settings is kept."""
+    names = (Path("runs") / f"{stem}{'' if k == 1 else f'-{k}'}{suffix}" for k in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
 def save_sheet(path: Path, images: Tensor, columns: int = 10) -> None:
     """Writes images (N, C, H, W) in [-1, 1] as one .png, enlarged by a whole number, so that a picture is 64 pixels or more a side."""
     sheet = Image.fromarray(plots.tile(images, columns).squeeze())
@@ -230,7 +237,7 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor | None]:
         with np.load(path) as file:
             pixels, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
     except (ValueError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz of samples with an array arr_0: {error}") from error
+        raise ValueError(f"{path} is no .npz of samples with an array arr_0, or it is damaged") from error
     if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[3] not in (1, 3):
         raise ValueError(f"{path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {pixels.dtype} {pixels.shape}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), None if labels is None else torch.from_numpy(labels).long()

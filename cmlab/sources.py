@@ -19,7 +19,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cmlab.checks import known
 
@@ -287,7 +287,9 @@ def _tried(read: Callable) -> Any:
     try:
         return read()
     except Exception as error:  # of a damaged file, anything
-        raise ValueError(f"no picture: {type(error).__name__}: {error}") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # its text names a buffer of ours
+        what = "no form of picture that is known" if unknown else f"{type(error).__name__}: {error}"
+        raise ValueError(f"no picture: {what}") from error
 
 
 def picture(

@@ -109,6 +109,8 @@ def test_misuse_exits_with_2(capsys):
         ("evaluate nowhere.npz digits", "no such samples: nowhere.npz"),
         ("evaluate file digits", "file is no .npz of samples"),
         ("evaluate floats.npz digits", "arr_0 must be uint8 (N, H, W, 1 or 3), got float64 (2, 8, 8, 1)"),
+        ("evaluate pixels.npz tinted-digits", "the reference images do not suit the extractor: images must have shape"),
+        ("sample digits-dc", "Did you mean 'digits-cd'"),
         ("evaluate pixels.npz digit", "unknown data set 'digit'. Did you mean 'digits'"),
         ("evaluate pixels.npz digits:heldout", "Did you mean 'held-out'"),
         ("batch nowhere.yaml", "no such sweep file: nowhere.yaml"),
@@ -186,6 +188,15 @@ def test_a_reference_batch_brings_the_moments_of_its_whole_data_set(here, capsys
     assert batch["fd"] == whole["fd"] != part["fd"] and batch["recall"] == part["recall"] != whole["recall"]
     code, _, error = outcome(capsys, "evaluate", "a.npz", "other.npz")
     assert code == 1 and "the second mean must have shape (64,), got (2048,)" in error
+
+
+def test_what_was_made_before_is_kept_and_every_training_has_a_name_of_its_own(here, capsys):
+    assert "runs/samples-digits-cd.npz" in outcome(capsys, "sample", "digits-cd", "--num", "20")[1]
+    assert "runs/samples-digits-cd-2.npz" in outcome(capsys, "sample", "digits-cd", "--num", "4")[1]
+    with np.load("runs/samples-digits-cd.npz") as file:
+        assert len(file["arr_0"]) == 20
+    shutil.copytree(checkpoints.EMBEDDED_FOLDER / "digits-cd", here / "runs" / "mine" / "model")
+    assert "runs/samples-mine.npz" in outcome(capsys, "sample", "runs/mine/model", "--num", "4")[1]
 
 
 def test_inpainting_keeps_the_known_half_in_the_written_picture(here, capsys):
