@@ -21,6 +21,8 @@ def test_a_page_fits_a_phone_and_asks_nobody(name, site, open_page):
     page = open_page(f"file://{site}/{name}.html", width=390)
     until(page, lambda: page.evaluate("document.readyState") == "complete", "the page must load")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    formulas = "[...document.querySelectorAll('div.math > math')]"
+    assert page.evaluate(f"{formulas}.every(one => one.getBoundingClientRect().left >= 0)"), "a formula shows its beginning"
     assert page.outside == [] and page.errors == []
 
 
