@@ -184,10 +184,9 @@ def sample(
     if device == "cuda" and ranks > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     loaded = pictures.load_model(model, device)
-    named = (
-        Path(model).parent.name if Path(model).name == "model" else ""
-    )  # every training's model is <its folder>/model
-    target = pictures.target(output or pictures.free_file(f"samples-{named or Path(model).name}", ".npz"), ".npz")
+    path = Path(model)
+    name = path.resolve().parent.name if path.name == "model" else path.name  # a training's model is <its folder>/model
+    target = pictures.target(output or pictures.free_file(f"samples-{name}", ".npz"), ".npz")
     drawing.draw_to(target, drawing.Drawing(loaded, num, steps, sampler, seed, labels, batch), model, rank, ranks)
     if rank == 0:
         sheet = target.with_suffix(".png")

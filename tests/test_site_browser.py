@@ -22,7 +22,9 @@ def test_a_page_fits_a_phone_and_asks_nobody(name, site, open_page):
     until(page, lambda: page.evaluate("document.readyState") == "complete", "the page must load")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     formulas = "[...document.querySelectorAll('div.math > math')]"
-    assert page.evaluate(f"{formulas}.every(one => one.getBoundingClientRect().left >= 0)"), "a formula shows its beginning"
+    assert page.evaluate(f"{formulas}.every(one => one.getBoundingClientRect().left >= 0)"), (
+        "a formula shows its beginning"
+    )
     assert page.outside == [] and page.errors == []
 
 

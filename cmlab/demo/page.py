@@ -102,11 +102,16 @@ def told(job: Callable) -> Callable:
             OSError,
             RuntimeError,
         ) as error:  # the last one is torch's, out of memory for example
-            raise gr.Error(str(error).split("\n")[0], duration=READ, print_exception=False) from error
+            raise refusal(error) from error
 
     # gradio reads off it what to call the inputs in the interface for programs, and where the progress goes
     run.__signature__ = signature(job).replace(parameters=[*signature(job).parameters.values(), bar])
     return run
+
+
+def refusal(error: Exception) -> gr.Error:
+    """What the page says of an input that does not do."""
+    return gr.Error(str(error).split("\n")[0], duration=READ, print_exception=False)
 
 
 def job_of(button: gr.Button, cancel: gr.Button, job: Callable, inputs: list, outputs: list, name: str) -> None:
@@ -141,7 +146,7 @@ def chosen(name: str) -> Choice:
     try:
         return choose(name)
     except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise refusal(error) from error
 
 
 def classes_of(name: str, otherwise: str = "all in turn if empty") -> dict:
@@ -353,7 +358,7 @@ def take_held_out(model: str, number: int) -> tuple[dict, dict]:
         choice = choose(model)
         picture, label = held_out(choice, number)
     except (ValueError, TypeError, OSError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise refusal(error) from error
     return on_canvas(picture), gr.update() if choice.num_classes is None else gr.update(value=str(label))
 
 

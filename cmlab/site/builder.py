@@ -50,10 +50,8 @@ def build(output: Path, home: Path | None = None) -> Path:
     holds something else than a site, RuntimeError with the warnings of the build and for links that lead nowhere; output is then left
     as it was.
     """
-    home, output = (
-        home or lessons_folder().parent,
-        output.resolve(),
-    )  # the folder that a link leads to is replaced, not the link
+    home = home or lessons_folder().parent
+    output = output.resolve()  # the folder that a link leads to is replaced, not the link
     _check(home, output)
     usable_folder(output.parent)
     with tempfile.TemporaryDirectory(prefix="cmlab-site-") as work:

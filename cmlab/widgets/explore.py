@@ -8,6 +8,7 @@ from collections.abc import Callable
 import ipywidgets
 import matplotlib.figure
 import torch
+from torch import Tensor
 
 from cmlab.plots import png
 from cmlab.widgets.sketch import source
@@ -32,10 +33,11 @@ def explore(draw: Callable, caption: str, **controls):
     return ipywidgets.VBox([*controls.values(), picture, said])
 
 
-def device_of(model) -> torch.device:
-    """Where a model computes; an exact denoiser, which has no parameters, goes where its input is, and gets it on the CPU."""
+def to_device_of(model, x: Tensor | None) -> Tensor | None:
+    """x, or None, where a model computes; an exact denoiser, which has no parameters, takes it where it is."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+    device = next((parameter.device for parameter in parameters), None)
+    return x if x is None or device is None else x.to(device)
 
 
 def image(data: bytes, alt: str) -> str:

@@ -73,7 +73,8 @@ class LiveView(ipywidgets.VBox):
 
     def see(self, record: Record, draw: Callable | None) -> None:
         """Takes a record in, and draws if something is new to see and the last drawing is a while ago."""
-        self._first = self._first if self.losses else record.step
+        if not self.losses:
+            self._first = record.step
         self.losses.append(record.loss)
         if record.model is not None and draw is not None:
             self._images = draw(record.model)

@@ -11,7 +11,7 @@ from cmlab import sampling
 from cmlab.noise import karras_sigmas
 from cmlab.plots import ACCENT, PALETTE, QUIET, tile
 from cmlab.streams import randn
-from cmlab.widgets.explore import device_of, explore, sentence, status
+from cmlab.widgets.explore import explore, sentence, status, to_device_of
 from cmlab.widgets.sketch import Sketch, source
 from cmlab.widgets.surface import Surface
 
@@ -78,7 +78,7 @@ class OdeExplorer(ipywidgets.VBox):
         self._cloud.set_data(*(self._points + sigma * self._noise).T)
         self._start.set_data(*start.T)
         ends = {name: self._walk(name, start, sigma) for name in self._ways}
-        end = self._model(start.to(device_of(self._model)), sigma).cpu()
+        end = self._model(to_device_of(self._model, start), sigma).cpu()
         self._jump.set_data(*torch.cat([start, end]).T)
         off = {
             name: float((place - ends["exact"]).norm())
@@ -95,7 +95,7 @@ class OdeExplorer(ipywidgets.VBox):
     def _walk(self, name: str, start: Tensor, sigma: float) -> Tensor:
         """Draws the way from start (1, 2) at noise level sigma by one of the denoisers; returns its end (1, 2)."""
         denoiser, grid = self._ways[name], karras_sigmas(STEPS, self._model.sigma_min, sigma)
-        start = start.to(device_of(denoiser))
+        start = to_device_of(denoiser, start)
         way: list[Tensor] = []
         end = sampling.sample_heun(denoiser, start / sigma, grid, callback=lambda state: way.append(state.x))
         self._lines[name].set_data(*torch.cat([*way, end]).cpu().T)
@@ -112,12 +112,12 @@ class ConsistencyViewer(ipywidgets.VBox):
 
     def __init__(self, denoiser, model, noise: Tensor, labels: Tensor | None = None, steps: int = STEPS):
         grid = karras_sigmas(steps, model.sigma_min, model.sigma_max)
-        device = device_of(model)
         with torch.no_grad():
-            states = list(sampling.heun_states(denoiser, noise.to(device_of(denoiser)), grid, labels))
+            noise, own = to_device_of(denoiser, noise), to_device_of(denoiser, labels)
+            states = list(sampling.heun_states(denoiser, noise, grid, own))
             x, levels = torch.cat([s.x for s in states]).cpu(), torch.tensor([s.sigma for s in states])
-            everywhere = None if labels is None else labels.expand(len(levels)).to(device)
-            f = model(x.to(device), levels, everywhere).cpu()
+            everywhere = None if labels is None else labels.expand(len(levels))
+            f = model(to_device_of(model, x), levels, to_device_of(model, everywhere)).cpu()
         means = torch.cat([s.denoised for s in states]).cpu()
         self._levels, self._answers = levels, f
         self._rows = {

@@ -12,7 +12,7 @@ from cmlab.noise import karras_sigmas
 from cmlab.plots import tile
 from cmlab.scaling import ConsistencyModel
 from cmlab.streams import randn
-from cmlab.widgets.explore import device_of, explore, image, sentence, status
+from cmlab.widgets.explore import explore, image, sentence, status, to_device_of
 from cmlab.widgets.sketch import encoded, source
 from cmlab.widgets.surface import Surface
 
@@ -88,9 +88,8 @@ class MaskPainter(ipywidgets.VBox):
 
     @torch.no_grad()
     def _redraw(self, change=None) -> None:
-        device, calls = device_of(self._model), self.calls.value
-        picture = self._pictures[self.choice.value : self.choice.value + 1].to(device)
-        task = editing.Inpaint(self.mask.clone().to(device))
+        picture = to_device_of(self._model, self._pictures[self.choice.value : self.choice.value + 1])
+        task, calls = editing.Inpaint(to_device_of(self._model, self.mask.clone())), self.calls.value
         measured = task.measure(picture)
         levels = karras_sigmas(calls + 1, self._model.sigma_min, self._model.sigma_max)[:-1]
         repairs = editing.edit(
@@ -156,9 +155,8 @@ class SamplerPlayground(ipywidgets.VBox):
     @torch.no_grad()
     def _draw(self, name: str, steps: int, level: float, seed: int) -> tuple[bytes, str]:
         model, generator = self._models[name], torch.Generator().manual_seed(seed)
-        device = device_of(model)
-        noise = randn((self._count, *self._shape), generator, device)
-        labels = None if self._labels is None else self._labels.to(device)
+        noise = to_device_of(model, randn((self._count, *self._shape), generator))
+        labels = to_device_of(model, self._labels)
         if isinstance(model, ConsistencyModel):
             levels = self._levels(model, steps, level)
             images = sampling.sample_multistep(model, noise, levels, labels, generator=generator, clip_denoised=True)
